@@ -1,0 +1,177 @@
+"""Reading and writing: safetensors and JSON, atomically, with a format version.
+
+A file either is what it says it is, or reading it raises `NoesisError`. Nothing here knows what
+a trace or a soulprint is; that knowledge lives with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import json
+import math
+import os
+import struct
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as parse_safetensors
+from safetensors.numpy import save as pack_safetensors
+
+from .errors import BadFile, BadValue, MissingFile
+
+FORMAT_VERSION = 1
+#: A JSON file may unpack to at most this many bytes, so that a small gzip cannot fill the memory.
+LARGEST_JSON = 1 << 30
+
+Arrays = dict[str, NDArray[Any]]
+PathLike = str | os.PathLike[str]
+
+
+def write_bytes(path: PathLike, data: bytes) -> Path:
+    """Write a whole file or none: temporary file in the same folder, fsync, rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600; a result is an ordinary file
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    return path
+
+
+def read_bytes(path: PathLike) -> bytes:
+    """The bytes of a file, or an error that names it."""
+    path = Path(path)
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "not there"
+        raise MissingFile(f"{path} is {what}", "a file", "Check the path")
+    return path.read_bytes()
+
+
+def save_tensors(path: PathLike, kind: str, arrays: Arrays, header: dict[str, Any]) -> Path:
+    """Write arrays and a JSON header to a `.safetensors` file of the given kind."""
+    full = {"format": f"noesis.{kind}", "format_version": FORMAT_VERSION, **header}
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    # safetensors metadata maps strings to strings, so the header travels as one JSON string.
+    return write_bytes(path, pack_safetensors(contiguous, {"noesis": dump_json(full)}))
+
+
+def load_tensors(path: PathLike, kind: str) -> tuple[Arrays, dict[str, Any]]:
+    """Read back what `save_tensors` wrote; returns the arrays and the header."""
+    data = read_bytes(path)
+    try:
+        length = struct.unpack("<Q", data[:8])[0]
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        arrays = parse_safetensors(data)
+        header = json.loads(metadata.get("noesis", "null"))
+    except (SafetensorError, struct.error, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+        raise BadFile(
+            f"{path} is not a readable safetensors file ({type(error).__name__}: {error})",
+            f"a noesis {kind}",
+            "It may be truncated; write it again",
+        ) from None
+    return arrays, check_header(header, kind, path)
+
+
+def dump_json(value: Any, indent: int | None = None) -> str:
+    """Strict JSON: NaN and infinities become null, anything JSON does not know becomes its `str`."""
+    try:
+        return json.dumps(value, indent=indent, default=_plain, allow_nan=False)
+    except ValueError:
+        return json.dumps(_without_nan(value), indent=indent, default=_plain, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know: numpy's numbers as numbers, the rest as text."""
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(inner) for inner in value]
+    return value
+
+
+def is_json(path: Path) -> bool:
+    """Whether the name says JSON, gzipped or not."""
+    return path.name.endswith((".json", ".json.gz"))
+
+
+def unknown_suffix(path: Path, known: str = ".safetensors, .json or .json.gz") -> BadValue:
+    """The error for a path whose name does not say what to write."""
+    return BadValue(f"{path} has the suffix {path.suffix!r}", known, "Rename the file")
+
+
+def save_json(path: PathLike, kind: str, payload: dict[str, Any]) -> Path:
+    """Write a JSON object of the given kind; gzip when the name ends in `.gz`."""
+    full = {"format": f"noesis.{kind}", "format_version": FORMAT_VERSION, **payload}
+    return write_json(path, _without_nan(full))
+
+
+def write_json(path: PathLike, payload: dict[str, Any]) -> Path:
+    """Write a JSON object as it is; gzip when the name ends in `.gz`."""
+    data = json.dumps(payload, default=_plain).encode()  # v0.1 wrote NaN as NaN, and so does this
+    # mtime=0: the same content gives the same bytes.
+    return write_bytes(path, gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data)
+
+
+def read_json(path: PathLike) -> dict[str, Any]:
+    """The JSON object in a file, gzipped or not (told by its first bytes, not by its name)."""
+    data = read_bytes(path)
+    try:
+        if data[:2] == b"\x1f\x8b":
+            with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+                data = file.read(LARGEST_JSON + 1)
+        if len(data) > LARGEST_JSON:
+            raise BadFile(f"{path} unpacks to more than {LARGEST_JSON} bytes", "a noesis JSON file", "Do not trust it")
+        value = json.loads(data)
+    except BadFile:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        raise BadFile(
+            f"{path} is not readable JSON ({type(error).__name__}: {error})",
+            "a noesis JSON file",
+            "It may be truncated; write it again",
+        ) from None
+    if not isinstance(value, dict):
+        raise BadFile(f"{path} holds a JSON {type(value).__name__}", "a JSON object", "Check the path")
+    return value
+
+
+def check_header(header: Any, kind: str, path: PathLike) -> dict[str, Any]:
+    """The header, once its format and version are the expected ones."""
+    given = header.get("format") if isinstance(header, dict) else None
+    if given != f"noesis.{kind}":
+        raise BadFile(
+            f"{path} is no noesis {kind}: its format is {given!r}",
+            f"format 'noesis.{kind}'",
+            f"Pass a file written by {kind.capitalize()}.save",
+        )
+    version = header.get("format_version")
+    if version != FORMAT_VERSION:
+        raise BadFile(
+            f"{path} has format_version {version!r}",
+            f"version {FORMAT_VERSION}",
+            "Upgrade noesis, or write the file again with this version",
+        )
+    return dict(header)

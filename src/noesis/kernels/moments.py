@@ -1,0 +1,239 @@
+"""The moments of a tensor, merged into its layer's row of the current step.
+
+Three doors with one meaning: a reference in torch ops that never waits for the device, a
+cache-blocked path for the CPU, and `torch.ops.noesis.moments` for compiled code. The Triton kernel
+for CUDA goes here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import BadValue
+from . import register, rows
+from .rows import BASE, CALLS, COUNTS, FIELDS, ORDER
+from .stepping import ACTIVE, SEQUENCE, SLOT
+
+#: Elements measured at a time on the CPU: large enough for the threads, small enough for the cache.
+BLOCK = 1 << 18
+#: Elements measured at a time by the reference, which bounds its scratch memory.
+CHUNK = 1 << 22
+#: Shorter samples than this are measured together, longer ones one by one.
+SHORT = 1 << 12
+#: Below this, squares in float32 lose digits to underflow.
+_TINY = 1e-30
+
+
+# ---------------------------------------------------------------- reference
+
+
+def reference(x: Tensor, count_zeros: bool) -> Tensor:
+    """The rows of the samples of `x` in float64, in plain torch ops without a host sync.
+
+    Args:
+        x: floating tensor [rows, n], any strides.
+        count_zeros: whether the field `zeros` is wanted; it is 0 otherwise.
+
+    Returns:
+        [rows, FIELDS]; NaN and infinite elements are counted and otherwise left out.
+    """
+    step = max(1, CHUNK // max(1, x.shape[0]))
+    parts = [_reference_chunk(part, count_zeros) for part in x.split(step, dim=1)]
+    return parts[0] if len(parts) == 1 else rows.combine(torch.stack(parts), torch)
+
+
+def _reference_chunk(x: Tensor, count_zeros: bool) -> Tensor:
+    out = torch.zeros(x.shape[0], len(FIELDS), dtype=_wide(x.device), device=x.device)
+    if x.shape[1] == 0:
+        return out
+    x = x.to(out.dtype)
+    finite = x.isfinite()
+    count = finite.sum(1)
+    divisor = count.clamp(min=1)
+    x = torch.where(finite, x, 0.0)
+    mean = x.sum(1) / divisor
+    centred = torch.where(finite, x - mean[:, None], 0.0)
+    out[:, rows.COUNT] = count
+    out[:, rows.NONFINITE] = x.shape[1] - count
+    out[:, rows.MEAN] = mean
+    out[:, rows.STD] = (centred.square().sum(1) / divisor).sqrt()
+    out[:, rows.ABS_MEAN] = x.abs().sum(1) / divisor
+    out[:, rows.MIN] = torch.where(finite, x, math.inf).amin(1)
+    out[:, rows.MAX] = torch.where(finite, x, -math.inf).amax(1)
+    for field in (rows.MIN, rows.MAX):
+        out[:, field] = torch.where(count > 0, out[:, field], 0.0)
+    if count_zeros:
+        out[:, rows.ZEROS] = ((x == 0) & finite).sum(1)
+    return out
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # Apple GPUs have no float64
+
+
+def observe_reference(
+    x: Tensor, layer: Tensor, samples: int, count_zeros: bool, slab: Tensor, control: Tensor
+) -> None:
+    """Merge the moments of `x` into the slab, decided on the device alone."""
+    _check_room(samples, slab.shape[1] - 1)
+    new = reference(_by_sample(x, samples), count_zeros)
+    first = 0 if samples == 0 else 1
+    slot, layer = control[SLOT].reshape(1), layer.reshape(1)
+    row = torch.arange(first, first + new.shape[0], device=slab.device)
+    packed = slab[slot, row, layer]
+    old = rows.unpack(packed, torch.zeros_like(new))
+    active = control[ACTIVE] > 0
+    control[SEQUENCE] += active
+    new[:, CALLS] = 1
+    new[:, ORDER] = control[SEQUENCE]
+    merged = rows.combine(torch.stack([old, new]), torch)
+    slab[slot, row, layer] = rows.pack(torch.where(active, merged, old), packed)
+
+
+def _check_room(samples: int, room: int) -> None:
+    if samples > room:
+        raise BadValue(
+            f"Compiled code met a batch of {samples}, and per_sample has room for {room}",
+            "room for every batch, since compiled code cannot make more",
+            f"Pass wrap(..., per_sample={samples})",
+        )
+
+
+# ---------------------------------------------------------------- CPU
+
+
+def observe_cpu(
+    x: Tensor,
+    layer: int,
+    samples: int,
+    count_zeros: bool,
+    slab: NDArray[np.float32],
+    control: NDArray[np.int64],
+) -> None:
+    """The same on the CPU, in blocks that stay in its cache."""
+    _check_room(samples, slab.shape[1] - 1)
+    if not control[ACTIVE]:
+        return
+    control[SEQUENCE] += 1
+    order = int(control[SEQUENCE])
+    target = slab[control[SLOT], :, layer]  # [rows, SLOTS]
+    if samples == 0:
+        measured: Any = _measure(_storage_order(x), count_zeros)
+        if target[0, CALLS] == 0:
+            target[0] = _packed(measured, order)
+        else:
+            _merge_cpu(target[:1], [measured], order)
+        return
+    by_sample = _by_sample(x, samples)
+    if by_sample.shape[1] < SHORT:
+        measured = reference(by_sample, count_zeros).numpy()
+    else:
+        measured = [_measure(_storage_order(sample), count_zeros) for sample in by_sample]
+    _merge_cpu(target[1 : 1 + samples], measured, order)
+
+
+def _packed(row: tuple[float, ...], order: int) -> tuple[float, ...]:
+    """The slots of a row that is the first of its step; `rows.pack` for one row, without arrays."""
+    counts, rest = row[: len(COUNTS)], row[len(COUNTS) : CALLS]
+    return (*(count % BASE for count in counts), *rest, 1.0, order, *(count // BASE for count in counts))
+
+
+def _merge_cpu(target: NDArray[np.float32], measured: Any, order: int) -> None:
+    new = np.array(measured, dtype=np.float64)
+    new[:, CALLS] = 1
+    new[:, ORDER] = order
+    if target[:, CALLS].any():
+        old = rows.unpack(target, np.empty_like(new))
+        new = rows.combine(np.stack([old, new]))
+    rows.pack(new, target)
+
+
+def _measure(x: Tensor, count_zeros: bool) -> tuple[float, ...]:
+    """The fields of a whole tensor of any shape whose order of elements does not matter."""
+    blocks = [_measure_block(part, count_zeros) for part in _blocks(x)]
+    if len(blocks) == 1:
+        return blocks[0]
+    if not blocks:
+        return (0.0,) * len(FIELDS)
+    merged: tuple[float, ...] = tuple(rows.combine(np.array(blocks)).tolist())
+    return merged
+
+
+def _blocks(x: Tensor) -> list[Tensor]:
+    """Contiguous 1-D pieces of at most BLOCK elements; a tensor with gaps is copied piece by piece."""
+    if x.dim() == 1:
+        return list(x.split(BLOCK)) if x.numel() else []
+    if x.numel() <= BLOCK:
+        return [x.reshape(-1)] if x.numel() else []
+    step = max(1, BLOCK * x.shape[0] // x.numel())
+    return [piece for part in x.split(step) for piece in _blocks(part[0] if part.shape[0] == 1 else part)]
+
+
+def _measure_block(x: Tensor, count_zeros: bool) -> tuple[float, ...]:
+    if x.dtype not in (torch.float32, torch.float64):
+        x = x.float()
+    size = x.numel()
+    high, low = x.amax().item(), x.amin().item()  # a NaN anywhere makes both NaN
+    if not (math.isfinite(high) and math.isfinite(low)):
+        finite = x[x.isfinite()]
+        if finite.numel() == 0:
+            return (0.0, float(size), *(0.0,) * (len(FIELDS) - 2))
+        count, _, *rest = _measure_block(finite, count_zeros)
+        return (count, size - count, *rest)
+    total = x.sum().item()
+    if low >= 0 or high <= 0:
+        absolute, squares = abs(total), torch.dot(x, x).item()
+    else:
+        magnitude = x.abs()
+        absolute, squares = magnitude.sum().item(), torch.dot(magnitude, magnitude).item()
+    if not (_TINY < squares < math.inf and math.isfinite(total)) and x.dtype != torch.float64 and low < high:
+        return _measure_block(x.double(), count_zeros)  # the squares leave float32, the values do not
+    mean = total / size
+    variance = squares / size - mean * mean
+    # Squares about zero are sums shifted by the pivot 0. That pivot is as good as the mean while
+    # the mean is within two standard deviations of it; otherwise the block is read once more.
+    if not variance * 4 > mean * mean:
+        centred = x - mean
+        shift = centred.sum().item() / size
+        variance = max(torch.dot(centred, centred).item() / size - shift * shift, 0.0)
+        mean += shift
+    zeros = float(size - torch.count_nonzero(x).item()) if count_zeros else 0.0
+    return (float(size), 0.0, zeros, mean, math.sqrt(variance), absolute / size, low, high, 0.0, 0.0)
+
+
+def _storage_order(x: Tensor) -> Tensor:
+    """The elements of `x` as a 1-D view in the order of memory, or `x` itself if it has gaps."""
+    if x.is_contiguous():
+        return x.view(-1)
+    order = sorted(range(x.dim()), key=lambda dim: (-x.stride()[dim], dim))
+    permuted = x.permute(order)
+    return permuted.view(-1) if permuted.is_contiguous() else permuted
+
+
+def _by_sample(x: Tensor, samples: int) -> Tensor:
+    """[rows, n]: one row for everything (samples=0), or one per sample."""
+    if samples:
+        return x.reshape(samples, -1)
+    if x.is_contiguous() or x.dim() == 0:
+        return x.reshape(1, -1)
+    return x.permute(sorted(range(x.dim()), key=lambda dim: -x.stride()[dim])).reshape(1, -1)
+
+
+# ---------------------------------------------------------------- registered op
+
+
+def _op_cpu(x: Tensor, layer: Tensor, samples: int, count_zeros: bool, slab: Tensor, control: Tensor) -> None:
+    observe_cpu(x, int(layer), samples, count_zeros, slab.numpy(), control.numpy())
+
+
+register(
+    "moments(Tensor x, Tensor layer, SymInt samples, bool count_zeros, Tensor(a!) slab, Tensor(b!) control)",
+    cpu=_op_cpu,
+    anywhere=observe_reference,
+)

@@ -1,0 +1,87 @@
+"""The algebra of a row: the statistics of one layer at one step, and how rows merge.
+
+A row is held unpacked as float64 fields, and packed as float32 slots on the device, where a count
+takes two slots (`high * 2**24 + low`), so that it stays exact in float32.
+
+The functions work alike on numpy arrays and torch tensors; `xp` is the module of the arrays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+FIELDS = ("count", "nonfinite", "zeros", "mean", "std", "abs_mean", "min", "max", "calls", "order")
+COUNT, NONFINITE, ZEROS, MEAN, STD, ABS_MEAN, MIN, MAX, CALLS, ORDER = range(len(FIELDS))
+
+COUNTS = (COUNT, NONFINITE, ZEROS)
+SLOTS = len(FIELDS) + len(COUNTS)  # the high parts of the counts come last
+BASE = float(1 << 24)
+
+
+def pack(rows: Any, slots: Any) -> Any:
+    """Write unpacked rows [..., FIELDS] into float32 slots [..., SLOTS]."""
+    slots[..., : len(FIELDS)] = rows
+    for position, field in enumerate(COUNTS):
+        high = rows[..., field] // BASE
+        slots[..., field] = rows[..., field] - high * BASE
+        slots[..., len(FIELDS) + position] = high
+    return slots
+
+
+def unpack(slots: Any, rows: Any) -> Any:
+    """Read float32 slots [..., SLOTS] into unpacked rows [..., FIELDS]."""
+    rows[...] = slots[..., : len(FIELDS)]
+    for position, field in enumerate(COUNTS):
+        rows[..., field] += slots[..., len(FIELDS) + position] * BASE
+    return rows
+
+
+def combine(parts: Any, xp: Any = np) -> Any:
+    """The row of the union of several disjoint sets of elements, from their rows.
+
+    Args:
+        parts: [K, ..., FIELDS], float64; `std` is the population's.
+        xp: numpy or torch, the module `parts` comes from.
+
+    Returns:
+        [..., FIELDS], exact up to rounding for any split into parts.
+
+    Source: Chan, Golub, LeVeque 1979, "Updating formulae and a pairwise algorithm for computing
+    sample variances", in its form for K parts.
+
+    Example:
+        >>> import numpy as np
+        >>> from noesis.kernels.rows import COUNT, FIELDS, MEAN, STD, combine
+        >>> parts = np.zeros((2, len(FIELDS)))
+        >>> parts[:, COUNT], parts[:, MEAN] = [1, 3], [0.0, 4.0]
+        >>> whole = combine(parts)
+        >>> whole[COUNT], whole[MEAN], round(whole[STD], 3)
+        (np.float64(4.0), np.float64(3.0), np.float64(1.732))
+    """
+    whole = xp.zeros_like(parts[0])
+    count = parts[..., COUNT]
+    filled = count > 0
+    total = count.sum(0)
+    weight = count / xp.where(total > 0, total, xp.ones_like(total))
+    for field in (*COUNTS, CALLS):
+        whole[..., field] = parts[..., field].sum(0)
+    mean = (weight * parts[..., MEAN]).sum(0)
+    spread = parts[..., STD] ** 2 + (parts[..., MEAN] - mean) ** 2
+    whole[..., MEAN] = mean
+    whole[..., STD] = xp.sqrt((weight * spread).sum(0))
+    whole[..., ABS_MEAN] = (weight * parts[..., ABS_MEAN]).sum(0)
+    lowest = xp.amin(xp.where(filled, parts[..., MIN], np.inf), 0)
+    highest = xp.amax(xp.where(filled, parts[..., MAX], -np.inf), 0)
+    whole[..., MIN] = xp.where(total > 0, lowest, 0.0)
+    whole[..., MAX] = xp.where(total > 0, highest, 0.0)
+    ran = parts[..., CALLS] > 0
+    first = xp.amin(xp.where(ran, parts[..., ORDER], np.inf), 0)
+    whole[..., ORDER] = xp.where(whole[..., CALLS] > 0, first, 0.0)
+    return whole
+
+
+def sample_std(std: Any, count: Any, xp: Any = np) -> Any:
+    """The unbiased standard deviation (as `torch.std`) from the population's; 0 for one element."""
+    return std * xp.sqrt(count / xp.where(count > 1, count - 1, xp.ones_like(count)))

@@ -1,0 +1,214 @@
+"""Becoming observed: modules take on a subclass that looks at what they return.
+
+`wrap` turns the selected modules, where they stand, into instances of a generated subclass of
+their own class (as FSDP2 and torch's parametrize do). The object stays the same, so parents, tied
+modules, optimisers and `pipe.unet` keep what they hold, and `unwrap` gives the class back.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import BadType, WrongState
+from .outputs import batch_of, hidden_state, register_block
+from .recorder import Recorder
+
+
+class Site:
+    """What an observed module knows: its recorder, its place in it, and which tensor to look at."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.root = False
+        self.timestep: int | None = None  # position of the timestep among the root's arguments
+        self.timestep_name = ""
+        self.index: int | None = None
+        self.name = ""
+        self.stream: int | None = None
+        self.pick: Callable[[Any], Any] | None = None
+
+    def skips(self) -> bool:
+        """Whether this call is none of ours; compiled code asks the device instead."""
+        if torch.compiler.is_compiling():
+            return False
+        # Inside a backward pass, activation checkpointing recomputes what was already observed.
+        return self.recorder.paused or torch._C._current_graph_task_id() != -1
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = None
+        if self.timestep is not None:
+            timestep = kwargs.get(self.timestep_name)
+            if timestep is None and len(args) > self.timestep:
+                timestep = args[self.timestep]
+            if not isinstance(timestep, (Tensor, float, int)):
+                timestep = None
+        self.recorder.begin(timestep, batch_of(args, kwargs))
+
+    def observe(self, output: Any) -> None:
+        x: Any = hidden_state(output, self.stream) if self.pick is None else self.pick(output)
+        reason = unmeasurable(x)
+        if reason is not None:
+            self.recorder.unmeasured[self.name] = f"{reason}, in an output of type {type(output).__name__}"
+        elif self.index is not None:
+            self.recorder.observe(x.detach(), self.index)
+
+
+def unmeasurable(x: Any) -> str | None:
+    """Why a hidden state cannot be measured, or None if it can."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return "no floating tensor"
+    if torch.compiler.is_compiling():
+        return None  # shapes and layouts only; the data comes later
+    if x.layout != torch.strided or x.is_nested:
+        return f"a tensor of layout {x.layout}"
+    if x.device.type == "meta" or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return "a tensor without data of its own (meta device or torch.func)"
+    if type(x) not in (Tensor, nn.Parameter) and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"a {type(x).__name__}"
+    return None
+
+
+class Observed:
+    """Marks modules that noesis observes: `isinstance(module, noesis.Observed)`.
+
+    Example:
+        >>> import torch, noesis
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+        >>> wrapped = noesis.wrap(model)
+        >>> isinstance(model[0], noesis.Observed), type(model[0]).__name__
+        (True, 'Linear')
+        >>> model[0]
+        ObservedLinear(in_features=2, out_features=2, bias=True)
+        >>> wrapped.unwrap()[0]
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+
+    _noesis: Site | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, Observed):  # unwrapped since; torch.compile keeps a bound `__call__`
+            return type(self).__call__(self, *args, **kwargs)
+        site = self._noesis
+        if site is None or site.skips():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        if site.root:
+            site.begin(args, kwargs)
+        output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        if site.index is not None:
+            site.observe(output)
+        if site.root:
+            site.recorder.end()
+        return output
+
+    def __repr__(self) -> str:
+        return f"Observed{super().__repr__()}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle by way of the original class, since generated classes cannot be imported."""
+        reduced = super().__reduce_ex__(protocol)
+        newobj = copyreg.__newobj__  # type: ignore[attr-defined]
+        if isinstance(reduced, tuple) and reduced[0] is newobj and reduced[1][0] is type(self):
+            return (_new, (original_class(type(self)), *reduced[1][1:]), *reduced[2:])
+        return reduced
+
+
+class ObservedDenoiser(Observed):
+    """An observed denoiser whose pipeline names the guidance branch of each call."""
+
+    @contextmanager
+    def cache_context(self, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        site = self._noesis
+        before = None if site is None else site.recorder.branch
+        with super().cache_context(name, *args, **kwargs) as context:  # type: ignore[misc]
+            if site is not None:
+                site.recorder.set_branch(name)
+            try:
+                yield context
+            finally:
+                if site is not None:
+                    site.recorder.set_branch(before)
+
+
+_MADE: dict[type, type[nn.Module]] = {}
+
+
+def observed_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The observe-only subclass of a module class, made once."""
+    if original in _MADE:
+        return _MADE[original]
+    mixin = ObservedDenoiser if hasattr(original, "cache_context") else Observed
+    body = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "__slots__": (),
+    }
+    metaclass: Any = type(original)
+    made: type[nn.Module] = metaclass(original.__name__, (mixin, original), body)
+    _MADE[original] = made
+    register_block(original, made)
+    return made
+
+
+def original_class(observed: type) -> type:
+    """The class an observed class was made from."""
+    return observed.__mro__[observed.__mro__.index(Observed) + 1]
+
+
+def site_of(module: nn.Module) -> Site | None:
+    """What an observed module knows; None for one that is not observed."""
+    return module._noesis if isinstance(module, Observed) else None
+
+
+def rebind(shell: Any) -> None:
+    """Have what torch.compile returned call its module by the class it has now.
+
+    It keeps the `__call__` of the class at the time of compiling, which ours would stay unseen behind.
+    """
+    if hasattr(shell, "_orig_mod"):
+        shell._initialize()
+
+
+def _new(original: type[nn.Module], *args: Any) -> Any:
+    made: Any = observed_class(original)
+    return made.__new__(made, *args)
+
+
+def become_observed(module: nn.Module, site: Site) -> None:
+    """Give a module, where it stands, its observed class."""
+    name = f"{site.name or 'the model'} ({type(module).__name__})"
+    if isinstance(module, torch.jit.ScriptModule):
+        raise BadType(f"{name} is a ScriptModule", "a module in Python", "Wrap the model before scripting it")
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        raise WrongState(
+            f"{name} has no parameters yet, and changes its class at its first forward",
+            "initialised layers",
+            "Run the model once before wrapping it",
+        )
+    try:
+        module.__class__ = observed_class(type(module))
+    except TypeError as error:
+        raise BadType(
+            f"{name} cannot be observed: {error}",
+            "a module whose class can be subclassed",
+            "Leave it out with a predicate, layers=lambda name, module: ...",
+        ) from None
+    module.__dict__["_noesis"] = site
+
+
+def restore(module: nn.Module) -> bool:
+    """Give a module its class back; False if another library has built a class on ours since."""
+    cls = type(module)
+    original = original_class(cls)
+    if cls is observed_class(original):
+        module.__class__ = original
+        del module.__dict__["_noesis"]
+        return True
+    module.__dict__["_noesis"] = None  # ours stays in between, and does nothing
+    return False

@@ -1,0 +1,301 @@
+"""The recorder: what a wrap keeps on its devices, and how it is read back.
+
+A recorder is a plain object beside the model, not a set of buffers in it: nothing casts it,
+broadcasts it or writes it into a checkpoint. It holds one `Bank` per device that observed layers
+ran on, all with the same steps.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .kernels import moments, rows, stepping
+from .kernels.rows import FIELDS, SLOTS
+from .kernels.stepping import ACTIVE, CONTROL, ENABLED, EVERY, FORWARDS, OBSERVED, SLOT, STEP, TOTALS
+from .trace import Trace, stats_of
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Everything a recorder knows, on the host."""
+
+    steps: Floats  # [steps, STEP]
+    rows: Floats  # [steps, 1 + samples, layers, FIELDS]; entry 0 is the whole, not the remainder
+    totals: Floats  # [1 + samples, layers, TOTALS], over all steps of the run
+    dropped: int  # steps the ring no longer holds
+
+
+class Bank:
+    """The slab of one device and the control block that says where its rows go."""
+
+    def __init__(self, device: torch.device, layers: int, capacity: int, samples: int, every: int) -> None:
+        self.device = device
+        wide = torch.float32 if device.type == "mps" else torch.float64  # Apple GPUs have no float64
+        # Outside inference mode, whoever calls: inference tensors could not be written to later.
+        with torch.inference_mode(False):
+            self.slab = torch.zeros(capacity + 1, 1 + samples, layers, SLOTS, dtype=torch.float32, device=device)
+            self.totals = torch.zeros(1 + samples, layers, TOTALS, dtype=wide, device=device)
+            self.steps = torch.zeros(capacity, STEP, dtype=wide, device=device)
+            self.control = torch.zeros(CONTROL, dtype=torch.int64, device=device)
+            # A tensor per layer: a Python int would make compiled code differ from layer to layer.
+            self.layer = [torch.tensor(index, device=device) for index in range(layers)]
+            self.no_timestep = torch.full((), torch.nan, dtype=wide, device=device)
+        self.control[EVERY] = every
+        self.control[SLOT] = capacity
+        self.control[ENABLED] = self.control[ACTIVE] = 1
+        self._view()
+
+    @property
+    def capacity(self) -> int:
+        return self.steps.shape[0]
+
+    @property
+    def samples(self) -> int:
+        return self.totals.shape[0] - 1
+
+    def _view(self) -> None:
+        on_cpu = self.device.type == "cpu"
+        tensors = (self.slab, self.totals, self.steps, self.control)
+        self.arrays = tuple(tensor.numpy() for tensor in tensors) if on_cpu else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "arrays": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._view()  # copies of the arrays would no longer share memory with the tensors
+
+    def begin(self, timestep: Tensor | float | None, branch: int, batch: int) -> None:
+        if isinstance(timestep, Tensor):
+            timestep = timestep.detach().reshape(-1)[0]  # pipelines repeat it over the batch
+        if self.arrays is not None and not torch.compiler.is_compiling():
+            stepping.begin_cpu(np.nan if timestep is None else float(timestep), branch, batch, *self.arrays)
+            return
+        if isinstance(timestep, Tensor):
+            value = timestep.to(self.no_timestep.dtype)
+        elif timestep is None:
+            value = self.no_timestep
+        else:
+            value = torch.full((), timestep, dtype=self.no_timestep.dtype, device=self.device)
+        torch.ops.noesis.begin(value, branch, batch, self.slab, self.totals, self.steps, self.control)
+
+    def end(self) -> None:
+        if self.arrays is not None and not torch.compiler.is_compiling():
+            stepping.end(self.arrays[3], self.capacity)
+        else:
+            torch.ops.noesis.end(self.control, self.capacity)
+
+    def observe(self, x: Tensor, layer: int, samples: int, count_zeros: bool) -> None:
+        if torch.compiler.is_compiling():
+            torch.ops.noesis.moments(x, self.layer[layer], samples, count_zeros, self.slab, self.control)
+        elif self.arrays is not None:
+            moments.observe_cpu(x, layer, samples, count_zeros, self.arrays[0], self.arrays[3])
+        else:
+            moments.observe_reference(x, self.layer[layer], samples, count_zeros, self.slab, self.control)
+
+    def switch(self, enabled: bool) -> None:
+        self.control[ENABLED] = self.control[ACTIVE] = int(enabled)
+
+    def grow(self, samples: int) -> None:
+        """Make room for more samples; what is held stays."""
+        with torch.inference_mode(False):
+            for name, dim in (("slab", 1), ("totals", 0)):
+                old = getattr(self, name)
+                shape = list(old.shape)
+                shape[dim] = 1 + samples
+                new = torch.zeros(shape, dtype=old.dtype, device=old.device)
+                new.narrow(dim, 0, old.shape[dim]).copy_(old)
+                setattr(self, name, new)
+        self._view()
+
+    def clear(self) -> None:
+        every, enabled = self.control[EVERY].clone(), self.control[ENABLED].clone()
+        for tensor in (self.slab, self.totals, self.steps, self.control):
+            tensor.zero_()
+        self.control[EVERY], self.control[SLOT] = every, self.capacity
+        self.control[ENABLED] = self.control[ACTIVE] = enabled
+
+    def beside(self, device: torch.device) -> Bank:
+        """An empty bank on another device, at the same step."""
+        layers = self.slab.shape[2]
+        bank = Bank(device, layers, self.capacity, self.samples, 1)
+        bank.control.copy_(self.control)
+        return bank
+
+    def fetch(self) -> tuple[Floats, Floats, Floats, NDArray[np.int64]]:
+        """Rows [capacity + 1, rows, layers, FIELDS], totals, steps and control, on the host."""
+        slab, totals, steps, control = (
+            tensor.detach().cpu().numpy() for tensor in (self.slab, self.totals, self.steps, self.control)
+        )
+        unpacked = rows.unpack(slab, np.zeros((*slab.shape[:-1], len(FIELDS))))
+        return unpacked, totals.astype(np.float64), steps.astype(np.float64), control.copy()
+
+
+class Recorder:
+    """The banks of one wrap, and what the host knows of its run."""
+
+    def __init__(
+        self,
+        names: list[str],
+        device: torch.device,
+        *,
+        capacity: int,
+        samples: int,
+        every: int,
+        stats: tuple[str, ...],
+        settings: dict[str, Any],
+    ) -> None:
+        self.names = names
+        self.stats = stats
+        self.settings = settings
+        self.count_zeros = "zeros" in stats
+        self.per_sample = samples > 0
+        self.banks = [Bank(device, len(names), capacity, samples, every)]
+        self.paused = False
+        self.batch: int | None = None  # of the forward that is running; None between forwards
+        self.branches: list[str] = []
+        self.branch: str | None = None
+        self.unmeasured: dict[str, str] = {}
+        self.meta: dict[str, Any] = {}
+        self.base_meta: dict[str, Any] = {}
+        self.given: dict[str, Any] = {}  # meta of the run that its user gave; it wins over what is found
+        self.named_run = False  # inside `with wrapped.run(...)`
+        self.branch_of: Callable[[int], str | None] | None = None  # a pipeline's word on a forward with a batch
+
+    # ------------------------------------------------------------ hot path
+
+    def begin(self, timestep: Tensor | float | None, batch: int) -> None:
+        """A forward of the root starts."""
+        if self.per_sample:
+            self.batch = batch
+        name = self.branch
+        if name is None and not torch.compiler.is_compiling() and self.branch_of is not None:
+            name = self.branch_of(batch)
+            if name is not None and name not in self.branches:
+                self.branches.append(name)
+        branch = -1 if name is None else self.branches.index(name)
+        if isinstance(timestep, Tensor):
+            self.bank(timestep.device)  # so that the timestep never has to leave its device
+        for bank in self.banks:
+            here = not isinstance(timestep, Tensor) or timestep.device == bank.device
+            bank.begin(timestep if here else None, branch, batch)
+
+    def end(self) -> None:
+        """A forward of the root is over."""
+        if self.per_sample:
+            self.batch = None
+        for bank in self.banks:
+            bank.end()
+
+    def observe(self, x: Tensor, layer: int) -> None:
+        """Merge what `x` holds into the layer's row of the current step."""
+        bank = self.bank(x.device)
+        samples = self._samples(x, bank) if self.per_sample else 0
+        bank.observe(x, layer, samples, self.count_zeros)
+
+    def bank(self, device: torch.device) -> Bank:
+        """The bank of a device, made when the first layer runs there."""
+        for bank in self.banks:
+            if bank.device == device:
+                return bank
+        self.banks.append(self.banks[0].beside(device))
+        return self.banks[-1]
+
+    def _samples(self, x: Tensor, bank: Bank) -> int:
+        """How many samples `x` can be told apart into; 0 when its first dimension is not of the batch."""
+        length = x.shape[0] if x.dim() else 0
+        batch = self.batch or length
+        if not length or length % batch:
+            return 0
+        if batch > bank.samples and not torch.compiler.is_compiling():
+            bank.grow(batch)  # compiled code cannot, and the kernel says so
+        return batch
+
+    # ------------------------------------------------------------ control and reading
+
+    def pause(self, paused: bool) -> None:
+        """Stop observing, or go on."""
+        self.paused = paused
+        for bank in self.banks:
+            bank.switch(not paused)
+
+    def reset(self, meta: dict[str, Any]) -> None:
+        """Forget the run and start another one."""
+        for bank in self.banks:
+            bank.clear()
+        self.unmeasured.clear()
+        self.branches.clear()
+        self.branch = None
+        self.given = meta
+        self.meta = {"run": uuid.uuid4().hex[:12], **self.base_meta, **meta}
+
+    def set_branch(self, branch: str | None) -> None:
+        """Name the guidance branch of the forwards to come."""
+        if branch is not None and branch not in self.branches:
+            self.branches.append(branch)
+        self.branch = branch
+
+    def read(self) -> Reading:
+        """Everything known, merged over the banks; the one place that waits for the device."""
+        fetched = [bank.fetch() for bank in self.banks]
+        samples = max(totals.shape[0] for _, totals, _, _ in fetched)
+        every_row = rows.combine(np.stack([_padded(held, 1, samples) for held, _, _, _ in fetched]))
+        totals = stepping.merge_totals(np.stack([_padded(totals, 0, samples) for _, totals, _, _ in fetched]))
+        _, _, steps, control = fetched[0]
+        for _, _, others, _ in fetched[1:]:  # each forward's timestep is on the bank of its device
+            steps = np.where(np.isnan(steps), others, steps)
+        capacity, observed = len(steps), int(control[OBSERVED])
+        dropped = max(0, observed - capacity)
+        slots = [number % capacity for number in range(dropped, observed)]
+        if every_row[capacity, ..., rows.CALLS].any():  # called since the last forward ended
+            slots.append(capacity)
+            steps = np.concatenate([steps, [[control[FORWARDS], np.nan, -1, 0]]])
+        held = every_row[slots]
+        for step in held:
+            totals = stepping.add_step(totals, stepping.with_whole(step))
+        return Reading(steps[slots], held, totals, dropped)
+
+
+    def trace(self) -> Trace:
+        """What is known, as a trace."""
+        reading, stats = self.read(), self.stats
+
+        def one(row: int) -> Trace:
+            fields, totals = reading.rows[:, row], reading.totals[row]
+            return Trace(
+                values=stats_of(fields, stats),
+                layers=list(self.names),
+                stats=stats,
+                steps=reading.steps[:, stepping.NUMBER].astype(np.int64),
+                order=fields[..., rows.ORDER].astype(np.int64),
+                calls=fields[..., rows.CALLS].astype(np.int64),
+                totals=stats_of(totals[:, : len(rows.FIELDS)], stats),
+                averages=totals[:, len(rows.FIELDS) :],
+                timesteps=reading.steps[:, stepping.TIMESTEP],
+                batches=reading.steps[:, stepping.BATCH].astype(np.int64),
+                branches=[self.branches[int(code)] if code >= 0 else None for code in reading.steps[:, stepping.BRANCH]],
+                dropped_steps=reading.dropped,
+                unmeasured=dict(self.unmeasured),
+                meta=dict(self.meta),
+            )
+
+        whole = one(0)
+        if self.per_sample:
+            used = (reading.totals[1:, :, stepping.STEPS] > 0).any(1).sum()
+            whole.samples = [one(1 + sample) for sample in range(int(used))]
+        return whole
+
+
+def _padded(array: Floats, axis: int, length: int) -> Floats:
+    widths = [(0, length - size if dim == axis else 0) for dim, size in enumerate(array.shape)]
+    return np.pad(array, widths)

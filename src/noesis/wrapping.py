@@ -1,0 +1,348 @@
+"""`wrap`: choose layers, have them observed, and hand out the container that answers questions."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from loguru import logger
+from torch import nn
+
+from ._version import __version__
+from .errors import BadType, BadValue, WrongState
+from .observing import Site, become_observed, rebind, restore, site_of
+from .outputs import stream_index
+from .recorder import Recorder
+from .selecting import Layers, select
+from .soulprint import Soulprint
+from .trace import ALWAYS, OPTIONAL, Trace
+
+#: Samples there is room for at first with `per_sample=True`; eager code makes more when a batch needs them.
+FIRST_SAMPLES = 8
+#: What a denoiser's forward may call its timestep.
+TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "sigmas")
+
+
+def wrap(
+    model: Any,
+    layers: Layers = "blocks",
+    *,
+    stats: Sequence[str] = ALWAYS,
+    per_sample: bool | int = False,
+    every: int = 1,
+    capacity: int = 256,
+    output: Callable[[Any], Any] | None = None,
+) -> Wrapped:
+    """Observe chosen layers of a model, in place and reversibly, without changing what it computes.
+
+    Args:
+        model: an `nn.Module`, or a diffusers pipeline (its denoisers are taken).
+        layers: what to observe: a preset (`"blocks"`, `"all"`, `"leaves"`, `"linear"`, `"conv"`,
+            `"attention"`, `"mlp"`, `"norm"`, `"routers"`, `"unet"`, `"all_linear"`,
+            `"first_linear"`), a dotted name, a glob, `"re:..."`, a module class, a predicate
+            `(name, module) -> bool`, or a list of these.
+        stats: beside count, mean, std, abs_mean, min, max and nonfinite, which are always there,
+            any of `"zeros"` (number of zero elements) and `"rms"` (root mean square).
+        per_sample: keep a row per batch element too. An int is the largest batch there will be,
+            which compiled code has to know; eager code makes room as needed.
+        every: observe every n-th forward.
+        capacity: steps the ring holds; totals and soulprint cover the whole run regardless.
+        output: picks the tensor to measure from what a layer returns; by default its hidden state,
+            that is the first floating tensor, or the image stream of dual-stream blocks.
+
+    Returns:
+        The container, which runs the model when called.
+
+    Raises:
+        NoesisError: when `layers` selects nothing, a statistic is unknown, a number is out of
+            range, a layer cannot be observed, or the model is wrapped already with other settings.
+
+    Example:
+        >>> import torch, noesis
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> wrapped = noesis.wrap(model, layers="linear")
+        >>> wrapped(torch.ones(3, 4)).shape
+        torch.Size([3, 2])
+        >>> wrapped.trace()["count"]
+        array([[24.,  6.]])
+        >>> wrapped.unwrap() is model
+        True
+    """
+    kept_stats = _check_stats(stats)
+    samples = FIRST_SAMPLES if per_sample is True else per_sample
+    _check_numbers(every=every, capacity=capacity, per_sample=samples or 1)
+    called, root, roots, pipeline = _resolve(model)
+    chosen = select(root, layers)
+    settings: dict[str, Any] = {
+        "layers": [name for name, _ in chosen],
+        "stats": kept_stats,
+        "per_sample": per_sample,
+        "every": every,
+        "capacity": capacity,
+    }
+    found = {id(site.recorder): site.recorder for site in map(site_of, root.modules()) if site is not None}
+    if found:
+        already = next(iter(found.values()))
+        at_roots = [site_of(module) for module in roots]
+        ours = all(site is not None and site.root and site.recorder is already for site in at_roots)
+        if len(found) > 1 or not ours or already.settings != settings:
+            raise WrongState(
+                f"{type(root).__name__} is wrapped already, with other settings (layers {_few(already.names)})",
+                "a model that is not wrapped, or the same settings",
+                "Call unwrap() on the container first",
+            )
+        return Wrapped(called, root, already, pipeline)
+    recorder = Recorder(
+        settings["layers"],
+        _device(root),
+        capacity=capacity,
+        samples=int(samples),
+        every=every,
+        stats=kept_stats,
+        settings=settings,
+    )
+    _observe(recorder, chosen, roots, output)
+    rebind(called)
+    recorder.base_meta = _describe(root, layers)
+    recorder.reset({})
+    wrapped = Wrapped(called, root, recorder, pipeline)
+    logger.debug("observing {} layers of {}", len(chosen), type(root).__name__)
+    return wrapped
+
+
+def _observe(
+    recorder: Recorder,
+    chosen: list[tuple[str, nn.Module]],
+    roots: list[nn.Module],
+    output: Callable[[Any], Any] | None,
+) -> None:
+    sites: dict[int, tuple[nn.Module, Site]] = {id(root): (root, Site(recorder)) for root in roots}
+    for root, site in sites.values():
+        site.root = True
+        names = list(inspect.signature(root.forward).parameters)
+        found = [name for name in TIMESTEPS if name in names]
+        if found:
+            site.timestep_name, site.timestep = found[0], names.index(found[0])
+    for index, (name, module) in enumerate(chosen):
+        _, site = sites.setdefault(id(module), (module, Site(recorder)))
+        site.index, site.name = index, name
+        site.pick, site.stream = output, stream_index(module)
+    done: list[nn.Module] = []
+    try:
+        for module, site in sites.values():
+            become_observed(module, site)
+            done.append(module)
+    except Exception:
+        for module in done:
+            restore(module)
+        raise
+
+
+class Wrapped(nn.Module):
+    """A model under observation: runs as the model does, and tells what happened.
+
+    Everything that is not noesis' own is the model's: attributes, parameters, `state_dict()` with
+    the model's keys, `train()`, `to()`, `generate()`.
+
+    Attributes:
+        model: the model itself, the very object that was given.
+        layers: names of the observed layers.
+
+    Example:
+        >>> import torch, noesis
+        >>> wrapped = noesis.wrap(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU()))
+        >>> list(wrapped.state_dict())
+        ['0.weight', '0.bias']
+        >>> with wrapped.run(note="first"):
+        ...     _ = wrapped(torch.ones(1, 4))
+        >>> wrapped.trace().meta["note"]
+        'first'
+    """
+
+    def __init__(self, model: nn.Module, root: nn.Module, recorder: Recorder, pipeline: Any = None) -> None:
+        # No nn.Module.__init__: parameters, buffers, children and hooks are the model's, not copies.
+        self.__dict__.update(model=model, _root=root, _recorder=recorder, _pipeline=pipeline)
+        if pipeline is not None:
+            pipeline.attach(recorder)
+
+    # ------------------------------------------------------------ answers
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the observed layers, in the order of `named_modules()`."""
+        return list(self._recorder.names)
+
+    def trace(self) -> Trace:
+        """What happened since the run began: statistics per step and layer."""
+        trace: Trace = self._recorder.trace()
+        return trace
+
+    def soulprint(self) -> Soulprint:
+        """The run as one vector; see `Trace.soulprint`."""
+        return self.trace().soulprint()
+
+    def forward_with_trace(self, *args: Any, **kwargs: Any) -> tuple[Any, Trace]:
+        """Run the model once; returns its output and the trace of this call alone.
+
+        Raises:
+            NoesisError: while paused, or when `every` leaves this forward out.
+        """
+        before = self._recorder.read().steps[:, 0]
+        output = self.model(*args, **kwargs)
+        trace = self.trace()
+        latest = trace.at(trace.steps > (before.max() if len(before) else -1))
+        if not len(latest):
+            raise WrongState("This forward was not observed", "a forward that is", "Leave paused(), or wrap with every=1")
+        return output, latest
+
+    # ------------------------------------------------------------ runs
+
+    def reset(self) -> None:
+        """Forget what was recorded and begin a fresh run."""
+        self._recorder.reset({})
+
+    @contextmanager
+    def run(self, **meta: Any) -> Iterator[Wrapped]:
+        """Begin a fresh run; `meta` is in every trace and soulprint of it."""
+        self._recorder.reset(meta)
+        self._recorder.named_run = True
+        try:
+            yield self
+        finally:
+            self._recorder.named_run = False
+
+    @contextmanager
+    def paused(self) -> Iterator[Wrapped]:
+        """Observe nothing inside; these forwards are no steps either."""
+        before = self._recorder.paused
+        self._recorder.pause(True)
+        try:
+            yield self
+        finally:
+            self._recorder.pause(before)
+
+    def unwrap(self) -> nn.Module:
+        """Give every module its class back; returns the model. What was recorded can still be read."""
+        for module in self._root.modules():
+            site = site_of(module)
+            if site is not None and site.recorder is self._recorder and not restore(module):
+                logger.warning("{} was given another class after wrapping; it keeps it, unobserved", site.name)
+        rebind(self.model)
+        if self._pipeline is not None:
+            self._pipeline.detach()
+        return self.model  # type: ignore[no-any-return]
+
+    # ------------------------------------------------------------ being the model
+
+    @property
+    def forward(self) -> Any:  # type: ignore[override]
+        """The model's own, so that its signature shows."""
+        return self.model.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if "model" not in self.__dict__:  # a copy that is being made
+            raise AttributeError(name)
+        return getattr(self.__dict__["model"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.model, name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *dir(self.model)})
+
+    def __repr__(self) -> str:
+        observed, total = len(self._recorder.names), sum(1 for _ in self._root.modules())
+        name = type(self._root).__name__
+        return f"Wrapped({name}: {observed} of {total} modules observed, {_few(self._recorder.names)})"
+
+
+def _delegate(name: str) -> Callable[..., Any]:
+    def method(self: Wrapped, *args: Any, **kwargs: Any) -> Any:
+        result = getattr(self.model, name)(*args, **kwargs)
+        return self if result is self.model else result
+
+    method.__name__ = name
+    return method
+
+
+# nn.Module's own methods would act on the container; all of them are the model's.
+for _name, _value in vars(nn.Module).items():
+    if inspect.isfunction(_value) and not _name.startswith("__") and _name not in vars(Wrapped):
+        setattr(Wrapped, _name, _delegate(_name))
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check_stats(stats: Sequence[str]) -> tuple[str, ...]:
+    given = (stats,) if isinstance(stats, str) else tuple(stats)
+    unknown = [name for name in given if name not in ALWAYS + OPTIONAL]
+    if unknown:
+        raise BadValue(
+            f"stats has {unknown[0]!r}",
+            f"any of {', '.join(ALWAYS + OPTIONAL)}",
+            f"{', '.join(ALWAYS)} are always there; add {' or '.join(OPTIONAL)} if you want them",
+        )
+    return ALWAYS + tuple(name for name in OPTIONAL if name in given)
+
+
+def _check_numbers(**numbers: Any) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise BadValue(f"{name}={value!r}", "a whole number from 1", f"Leave {name} out for its default")
+
+
+def _resolve(model: Any) -> tuple[Any, nn.Module, list[nn.Module], Any]:
+    """What to call, where layers are selected, whose forwards are steps, and the pipeline around it."""
+    if isinstance(model, Wrapped):
+        model = model.model
+    if isinstance(model, nn.Module):
+        root = getattr(model, "_orig_mod", model)  # what torch.compile was given
+        return model, root, [root], None
+    if hasattr(model, "components") and callable(model):
+        from .integrations.diffusers import Pipeline  # only a pipeline needs it
+
+        pipeline = Pipeline(model)
+        root, roots = pipeline.denoisers()
+        return root, root, roots, pipeline
+    raise BadType(
+        f"model is a {type(model).__name__}", "an nn.Module or a diffusers pipeline", "Pass the model itself"
+    )
+
+
+def _device(root: nn.Module) -> torch.device:
+    tensor = next(itertools.chain(root.parameters(), root.buffers()), None)
+    return torch.device("cpu") if tensor is None or tensor.device.type == "meta" else tensor.device
+
+
+def _describe(root: nn.Module, layers: Any) -> dict[str, Any]:
+    config: Any = getattr(root, "config", None)
+    named = getattr(config, "_name_or_path", None)  # transformers; diffusers keeps it as an entry
+    if isinstance(config, Mapping):
+        named = named or config.get("_name_or_path")
+    return {
+        "model": str(named or type(root).__name__),
+        "class": type(root).__name__,
+        "layers": layers if isinstance(layers, str) else repr(layers),
+        "device": str(_device(root)),
+        "dtype": str(next((p.dtype for p in root.parameters()), "")).removeprefix("torch."),
+        "noesis_version": __version__,
+        "torch_version": torch.__version__,
+    }
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names if len(names) <= 4 else [*names[:2], "...", names[-1]])

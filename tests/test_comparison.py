@@ -1,0 +1,208 @@
+"""compare, its statistics, and what it says of runs that do not fit together."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import noesis
+from noesis import significance
+
+
+def soulprint(means, stds, layers=None) -> noesis.Soulprint:
+    return noesis.Soulprint(np.array(means, float), np.array(stds, float), layers or [f"l{i}" for i in range(len(means))])
+
+
+def test_effects_are_free_of_scale():
+    a, b = soulprint([1.0, 0.0], [2.0, 1.0]), soulprint([2.0, 0.0], [2.0, math.e])
+    result = noesis.compare(a, b)
+    first, second = result.row("l0"), result.row("l1")
+    assert (first.mean_effect, first.std_effect, first.effect) == (0.5, 0.0, 0.5)
+    assert second.std_effect == pytest.approx(1.0)
+    assert [row.layer for row in result.rows] == ["l1", "l0"]
+    assert result.distance == pytest.approx(math.sqrt((0.25 + 1.0) / 2))
+    assert first.salience == 1.0
+    scaled = noesis.compare(soulprint([1e6, 0.0], [2e6, 1e-6]), soulprint([2e6, 0.0], [2e6, 1e-6 * math.e]))
+    assert scaled.distance == pytest.approx(result.distance)
+    assert a.compare(b).distance == result.distance
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "effect"),
+    [
+        (([0.0], [0.0]), ([0.0], [0.0]), 0.0),  # constant in both
+        (([2.0], [0.0]), ([1.0], [0.0]), 0.5),  # constant in both, relative
+        (([0.0], [0.0]), ([0.0], [1.0]), 20.0),  # constant in one
+        (([math.nan], [math.nan]), ([math.nan], [math.nan]), 0.0),
+        (([0.0], [1.0]), ([math.nan], [math.nan]), math.hypot(20, 20)),
+    ],
+)
+def test_degenerate_layers(a, b, effect):
+    assert noesis.compare(soulprint(*a), soulprint(*b)).rows[0].effect == pytest.approx(effect)
+
+
+def test_layers_are_matched_by_name():
+    a = soulprint([1, 2, 3], [1, 1, 1], ["x", "y", "z"])
+    b = soulprint([3, 2, 9], [1, 1, 1], ["z", "y", "w"])
+    result = noesis.compare(a, b)
+    assert result.distance == 0
+    assert (result.only_in_a, result.only_in_b) == (["x"], ["w"])
+    assert "only in a: x" in repr(result)
+    with pytest.raises(ValueError, match=r"no layer in common.*Wrap both with the same layers="):
+        noesis.compare(a, soulprint([1], [1], ["other"]))
+
+
+def test_only_runs_can_be_compared():
+    a = soulprint([1], [1])
+    with pytest.raises(TypeError, match="compare was given a dict. Expected a Trace, a Soulprint or a wrapped model"):
+        noesis.compare(a, {})
+    with pytest.raises(ValueError, match="The baseline has 1 run. Expected at least 2"):
+        noesis.compare(a, a, baseline=[a])
+    with pytest.raises(ValueError, match="The baseline lacks 1 of the layers, first 'l0'"):
+        noesis.compare(a, a, baseline=[soulprint([1], [1], ["q"])] * 2)
+    with pytest.raises(ValueError, match="b is 2 runs"):
+        noesis.compare(a, [a, a])
+    with pytest.raises(ValueError, match=r"alpha=2"):
+        noesis.compare(a, a, alpha=2)
+    with pytest.raises(ValueError, match="has no baseline"):
+        noesis.compare(a, a).changed  # noqa: B018
+
+
+# ---------------------------------------------------------------- divergence
+
+
+def traced(edit=None, steps: int = 3) -> noesis.Trace:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    wrapped = noesis.wrap(model, layers="all")
+    for step in range(steps):
+        if edit is not None:
+            edit(step, model)
+        wrapped(torch.randn(6, 4))
+    return wrapped.trace()
+
+
+def test_first_divergence_is_the_earliest_step_and_layer():
+    def nudge(step, model):
+        if step == 1:
+            model[2].weight.data[0, 0] += 0.01
+
+    where = noesis.compare(traced(), traced(nudge)).first_divergence
+    assert (where.step, where.layer) == (1, "2")
+    assert noesis.compare(traced(), traced()).first_divergence is None
+    assert noesis.compare(traced(), traced(nudge), tolerance=10).first_divergence is None
+    assert "first divergence: step 1, layer 2" in repr(noesis.compare(traced(), traced(nudge)))
+
+
+def test_first_divergence_goes_by_execution_not_by_name():
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.a(self.b(x))
+
+    def run(scale: float) -> noesis.Trace:
+        torch.manual_seed(0)
+        model = Backwards()
+        model.b.weight.data *= scale
+        wrapped = noesis.wrap(model, layers="linear")
+        wrapped(torch.randn(5, 3))
+        return wrapped.trace()
+
+    assert noesis.compare(run(1), run(1.1)).first_divergence.layer == "b"
+
+
+def test_other_counts_diverge_and_a_longer_trace_diverges_at_its_end():
+    longer = noesis.compare(traced(steps=3), traced(steps=4)).first_divergence
+    assert (longer.step, longer.stat, longer.a, longer.b) == (3, "steps", 3, 4)
+    nan = noesis.compare(traced(), traced(lambda s, m: m[0].bias.data.fill_(math.nan))).first_divergence
+    assert (nan.step, nan.layer, nan.stat) == (0, "0", "count")
+
+
+# ---------------------------------------------------------------- significance
+
+
+def test_student_t_against_integration():
+    for freedom in (1, 2, 3, 4, 7, 12, 31):
+        x = np.linspace(-400, 400, 400_001)
+        density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+        for t in (0.0, 0.5, 2.0, 6.0):
+            inside = np.trapezoid(np.where(np.abs(x) <= t, density, 0.0), x) / np.trapezoid(density, x)
+            p = significance.student_t_two_sided(np.array([t, -t]), freedom)
+            assert p == pytest.approx([1 - inside] * 2, abs=2e-3)
+
+
+@pytest.mark.parametrize(("runs", "new"), [(4, 1), (8, 1), (8, 8)])
+@pytest.mark.parametrize("layers", [5, 40])
+def test_p_values_are_what_they_claim(runs, new, layers):
+    """Equal runs of layers with unequal spreads: p <= alpha in at most alpha of the cases."""
+    rng = np.random.default_rng(runs * layers)
+    found = []
+    for _ in range(300):
+        spread = np.exp(rng.normal(-3, 0.4, size=layers))
+        stds = np.exp(rng.normal(size=(runs + new, layers)) * spread)
+        means = rng.normal(size=(runs + new, layers)) * spread
+        judged = significance.judge(means[:runs], stds[:runs], means[runs:], stds[runs:], 1e-5)
+        found.append([(judged.p_value <= alpha).mean() for alpha in (0.01, 0.05, 0.2)] + [(judged.q_value <= 0.05).any()])
+    rates = np.mean(found, axis=0)
+    assert rates[0] <= 0.015
+    assert rates[1] <= 0.06
+    assert rates[2] <= 0.22
+    assert rates[3] <= 0.08
+
+
+def test_variances_borrow_strength():
+    """With many layers a change is found that the layer's own 3 runs could not prove."""
+    rng = np.random.default_rng(0)
+    stds, means = np.exp(rng.normal(size=(4, 40)) * 0.05), rng.normal(size=(4, 40)) * 0.05
+    stds[3, 7] *= 1.5
+    judged = significance.judge(means[:3], stds[:3], means[3:], stds[3:], 1e-5)
+    assert judged.q_value.argmin() == 7
+    assert judged.q_value[7] < 0.01
+    alone = significance.judge(means[:3, 5:9], stds[:3, 5:9], means[3:, 5:9], stds[3:, 5:9], 1e-5)
+    assert alone.q_value.min() > 0.05
+
+
+def test_a_constant_layer_that_moves_is_found_and_one_that_does_not_is_not():
+    base = [soulprint([0.0, 1.0, 0.5], [0.0, 1.0 + 0.1 * i, 1.0]) for i in range(4)]
+    same = noesis.compare(base[0], base[1], baseline=base)
+    assert same.changed == []
+    moved = noesis.compare(base[0], soulprint([0.0, 1.0, 0.6], [1.0, 1.1, 1.0]), baseline=base)
+    assert set(moved.changed) == {"l0", "l2"}
+
+
+# ---------------------------------------------------------------- files and text
+
+
+def test_save_and_load(tmp_path):
+    base = [soulprint([0.0, 1.0], [1.0 + 0.1 * i, 2.0]) for i in range(4)]
+    for result in (
+        noesis.compare(traced(), traced(lambda s, m: m[0].bias.data.add_(1))),
+        noesis.compare(base[0], base[1], baseline=base),
+        noesis.compare(base[0], soulprint([math.nan, 1], [1, 1])),
+    ):
+        again = noesis.Comparison.load(result.save(tmp_path / "c.json"))
+        assert repr(again) == repr(result)
+        assert json.loads(result.to_json())["format"] == "noesis.comparison"
+    lines = (result.save(tmp_path / "c.csv")).read_text().splitlines()
+    assert lines[0].startswith("layer,mean_a,mean_b")
+    assert len(lines) == 3
+    with pytest.raises(ValueError, match=r"suffix '.txt'. Expected .json, .json.gz or .csv"):
+        result.save(tmp_path / "c.txt")
+
+
+def test_the_text_shows_what_matters():
+    rng = np.random.default_rng(0)
+    base = [soulprint(rng.normal(size=30) * 0.1, np.exp(rng.normal(size=30) * 0.02)) for _ in range(8)]
+    other = soulprint(base[0].means, base[0].stds * np.where(np.arange(30) == 4, 1.5, 1))
+    text = repr(noesis.compare(base[0], other, baseline=base))
+    assert "1 of 30 layers changed by more than the noise of 8 runs (false discovery rate 0.05)" in text
+    assert text.splitlines()[3].startswith("l4 ")
+    assert len(text.splitlines()) == 13

@@ -1,0 +1,254 @@
+"""The kernels against float64: sizes, dtypes, strides, NaN and infinities, merging."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from noesis.kernels import moments, rows, stepping
+from noesis.kernels.rows import CALLS, FIELDS, ORDER
+
+EXACT = [rows.COUNT, rows.NONFINITE, rows.ZEROS, rows.MIN, rows.MAX]
+
+
+def expected(x: torch.Tensor) -> np.ndarray:
+    """The fields in float64, by numpy alone."""
+    values = x.detach().double().flatten().numpy()
+    finite = values[np.isfinite(values)]
+    row = np.zeros(len(FIELDS))
+    row[rows.COUNT], row[rows.NONFINITE] = len(finite), len(values) - len(finite)
+    if len(finite):
+        row[rows.MEAN], row[rows.STD] = finite.mean(), finite.std()
+        row[rows.ABS_MEAN] = np.abs(finite).mean()
+        row[rows.MIN], row[rows.MAX] = finite.min(), finite.max()
+        row[rows.ZEROS] = (finite == 0).sum()
+    return row
+
+
+def check(row: np.ndarray, x: torch.Tensor, tolerance: float = 2e-6) -> None:
+    want = expected(x)
+    np.testing.assert_array_equal(row[EXACT], want[EXACT])
+    # The mean may be off by rounding in the largest element; the spread by rounding in itself.
+    size = np.abs(want[[rows.MIN, rows.MAX]]).max()
+    assert abs(row[rows.MEAN] - want[rows.MEAN]) <= tolerance * size
+    assert abs(row[rows.ABS_MEAN] - want[rows.ABS_MEAN]) <= tolerance * size
+    assert row[rows.STD] == pytest.approx(want[rows.STD], rel=1e-5, abs=tolerance * size * 1e-3)
+
+
+def by_cpu(x: torch.Tensor) -> np.ndarray:
+    return np.array(moments._measure(moments._storage_order(x), True))
+
+
+def by_reference(x: torch.Tensor) -> np.ndarray:
+    return moments.reference(moments._by_sample(x, 0), True)[0].numpy()
+
+
+PATHS = pytest.mark.parametrize("path", [by_cpu, by_reference])
+SIZES = [1, 2, 3, 63, 123, 4097, moments.BLOCK - 1, moments.BLOCK, 2 * moments.BLOCK + 17]
+
+
+@PATHS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_and_dtypes(path, dtype, size):
+    x = (torch.randn(size) * 3 + 0.5).to(dtype)
+    check(path(x), x)
+
+
+@PATHS
+@pytest.mark.parametrize("offset", [0.0, 10.0, 1000.0, -1000.0])
+def test_mean_far_from_zero(path, offset):
+    x = torch.randn(300_000) + offset
+    assert path(x)[rows.STD] == pytest.approx(expected(x)[rows.STD], rel=2e-6)
+    half = (torch.randn(300_000) + offset).half()
+    assert path(half)[rows.STD] == pytest.approx(expected(half)[rows.STD], rel=1e-5)
+
+
+@PATHS
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x.relu(),
+        lambda x: -x.abs(),
+        lambda x: torch.zeros_like(x),
+        lambda x: torch.full_like(x, 0.1),
+        lambda x: x * 1e-30,
+        lambda x: x * 1e30,
+        lambda x: x * 1e36,
+        lambda x: torch.cat([x * 1e-3, x + 1e4]),
+    ],
+)
+def test_ranges(path, make):
+    x = make(torch.randn(70_001))
+    check(path(x), x)
+
+
+@PATHS
+@pytest.mark.parametrize(
+    "bad",
+    [[math.nan], [math.inf], [-math.inf], [math.nan, math.inf, -math.inf], [-math.nan]],
+)
+@pytest.mark.parametrize("size", [1, 2, 100, moments.BLOCK + 5])
+def test_nonfinite(path, bad, size):
+    x = torch.randn(size)
+    for position, value in enumerate(bad):
+        x[(position * 7919) % size] = value
+    check(path(x), x)
+    check(path(torch.full((size,), bad[0])), torch.full((size,), bad[0]))
+
+
+@PATHS
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.to(memory_format=torch.channels_last),
+        lambda x: x.permute(3, 1, 0, 2),
+        lambda x: x.transpose(0, 1),
+        lambda x: x[:, ::2],
+        lambda x: x[..., 3:9],
+        lambda x: x[:, 1],
+        lambda x: x.flip(0),
+        lambda x: x[:1].expand(5, -1, -1, -1),
+        lambda x: x[0, 0, 0, 0],
+        lambda x: x[:0],
+        lambda x: x.repeat(1, 1, 40, 1)[:, :, 1::3],
+    ],
+)
+def test_strides(path, view):
+    x = view(torch.randn(4, 6, 31, 33))
+    check(path(x), x)
+
+
+def test_storage_order_does_not_copy():
+    x = torch.randn(2, 8, 5, 5).to(memory_format=torch.channels_last)
+    assert moments._storage_order(x).data_ptr() == x.data_ptr()
+    assert moments._storage_order(x).dim() == 1
+
+
+def test_counts_are_exact_past_two_to_the_24():
+    unpacked = np.zeros((1, len(FIELDS)))
+    for count in (2**24 + 1, 2**31 + 12345, 2**40 + 1):
+        unpacked[0, rows.COUNT] = unpacked[0, rows.NONFINITE] = unpacked[0, rows.ZEROS] = count
+        slots = rows.pack(unpacked, np.zeros((1, rows.SLOTS), dtype=np.float32))
+        assert slots.dtype == np.float32
+        assert rows.unpack(slots, np.zeros_like(unpacked))[0, rows.COUNT] == count
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(
+        st.floats(-1e6, 1e6, width=32) | st.sampled_from([math.nan, math.inf, -math.inf, 0.0]), min_size=1, max_size=60
+    ),
+    cuts=st.lists(st.integers(0, 60), max_size=5),
+)
+def test_any_split_has_the_same_moments(values, cuts):
+    x = torch.tensor(values, dtype=torch.float64)
+    pieces = [part for part in torch.tensor_split(x, sorted(cut for cut in cuts if cut < len(x)))]
+    merged = rows.combine(np.stack([expected(piece) for piece in pieces]))
+    whole = expected(x)
+    np.testing.assert_array_equal(merged[EXACT], whole[EXACT])
+    np.testing.assert_allclose(merged[:6], whole[:6], rtol=1e-9, atol=1e-9)
+    # torch gives the same as numpy, which is what runs on the device
+    on_device = rows.combine(torch.from_numpy(np.stack([expected(piece) for piece in pieces])), torch)
+    np.testing.assert_allclose(on_device.numpy(), merged, rtol=1e-12, atol=1e-12)
+
+
+# ---------------------------------------------------------------- rows in the slab
+
+
+class State:
+    """The tensors of a bank, by hand."""
+
+    def __init__(self, capacity: int = 3, layers: int = 2, samples: int = 0, every: int = 1) -> None:
+        self.slab = torch.zeros(capacity + 1, 1 + samples, layers, rows.SLOTS)
+        self.totals = torch.zeros(1 + samples, layers, stepping.TOTALS, dtype=torch.float64)
+        self.steps = torch.zeros(capacity, stepping.STEP, dtype=torch.float64)
+        self.control = torch.zeros(stepping.CONTROL, dtype=torch.int64)
+        self.control[stepping.EVERY] = every
+        self.control[stepping.SLOT] = capacity
+        self.control[stepping.ENABLED] = self.control[stepping.ACTIVE] = 1
+
+    def all(self) -> tuple[torch.Tensor, ...]:
+        return self.slab, self.totals, self.steps, self.control
+
+
+def play(state: State, on_cpu: bool, samples: int = 0) -> None:
+    """Nine forwards with several calls, calls between them, and a crash; by either path."""
+    generator = torch.Generator().manual_seed(3)
+    layer = [torch.tensor(0), torch.tensor(1)]
+
+    def observe(index: int, x: torch.Tensor) -> None:
+        if on_cpu:
+            moments.observe_cpu(x, index, samples, True, state.slab.numpy(), state.control.numpy())
+        else:
+            moments.observe_reference(x, layer[index], samples, True, state.slab, state.control)
+
+    def begin(number: int) -> None:
+        arguments = (number % 2 - 1, 2, *state.all())
+        if on_cpu:
+            stepping.begin_cpu(float(number), *arguments[:2], *(tensor.numpy() for tensor in state.all()))
+        else:
+            stepping.begin_reference(torch.tensor(float(number), dtype=torch.float64), *arguments)
+
+    for number in range(9):
+        if number in (0, 4):
+            observe(1, torch.randn(2, 40, generator=generator))  # between forwards
+        begin(number)
+        observe(0, torch.randn(2, 30, generator=generator) * 2)
+        if number != 6:  # a crash in forward 6: the rest is missing, and the step never ends
+            observe(1, torch.randn(2, 6000, generator=generator) + 1)
+            observe(0, torch.randn(4, 5, generator=generator))
+            stepping.end(state.control.numpy() if on_cpu else state.control, len(state.steps))
+
+
+@pytest.mark.parametrize("samples", [0, 2])
+@pytest.mark.parametrize("every", [1, 2])
+def test_device_path_and_cpu_path_agree(samples, every):
+    cpu, device = State(samples=samples, every=every), State(samples=samples, every=every)
+    play(cpu, True, samples)
+    play(device, False, samples)
+    for one, other, name in zip(cpu.all(), device.all(), ("slab", "totals", "steps", "control"), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    assert int(cpu.control[stepping.OBSERVED]) == (9 if every == 1 else 5)
+
+
+def test_a_step_merges_calls_and_keeps_the_order():
+    state = State()
+    play(state, True)
+    last = rows.unpack(state.slab[(9 - 1) % 3, 0].numpy(), np.zeros((2, len(FIELDS))))
+    assert last[:, CALLS].tolist() == [2, 1]
+    assert last[:, ORDER].tolist() == [1, 2]
+    assert last[0, rows.COUNT] == 2 * 30 + 4 * 5
+
+
+def test_the_device_path_never_waits_for_the_device():
+    """On fake tensors any .item() or data-dependent shape raises."""
+    with FakeTensorMode():
+        state = State(samples=2)
+        x = torch.empty(2, 5000)
+        stepping.begin_reference(torch.zeros((), dtype=torch.float64), 0, 2, *state.all())
+        moments.observe_reference(x, torch.zeros((), dtype=torch.int64), 2, True, state.slab, state.control)
+        moments.observe_reference(x, torch.zeros((), dtype=torch.int64), 0, True, state.slab, state.control)
+        stepping.end(state.control, 3)
+        with pytest.raises(Exception, match=r"data-dependent|aten\._local_scalar_dense"):
+            moments.observe_cpu(x, 0, 0, True, state.slab, state.control)  # the check can fail
+
+
+def test_registered_ops_pass_torchs_own_checks():
+    state = State()
+    x, layer = torch.randn(2, 9), torch.tensor(1)
+    torch.library.opcheck(torch.ops.noesis.moments.default, (x, layer, 0, True, state.slab, state.control))
+    torch.library.opcheck(torch.ops.noesis.begin.default, (torch.zeros((), dtype=torch.float64), 0, 2, *state.all()))
+    torch.library.opcheck(torch.ops.noesis.end.default, (state.control, 3))
+
+
+def test_rows_are_bitwise_equal_run_after_run():
+    x = torch.randn(700_001)
+    first = by_cpu(x)
+    assert all((by_cpu(x) == first).all() for _ in range(5))

@@ -1,0 +1,237 @@
+"""Steps, the ring, totals, samples, pausing: what the recorder promises over a run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import noesis
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def batches(count: int, size: int = 5) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(size, 4, generator=generator) * (1 + index) for index in range(count)]
+
+
+def test_a_forward_is_a_step():
+    wrapped = noesis.wrap(small(), layers="all")
+    for x in batches(3):
+        wrapped(x)
+    trace = wrapped.trace()
+    assert trace.steps.tolist() == [0, 1, 2]
+    assert trace.order.tolist() == [[1, 2, 3]] * 3
+    assert trace.batches.tolist() == [5, 5, 5]
+    assert len(trace) == 3
+
+
+def test_the_ring_drops_steps_and_keeps_totals():
+    model = small()
+    outputs: list[Tensor] = []
+    model[2].register_forward_hook(lambda module, args, out: outputs.append(out.detach().double()))
+    wrapped = noesis.wrap(model, layers="all", capacity=4)
+    for x in batches(11):
+        wrapped(x)
+    trace = wrapped.trace()
+    assert trace.steps.tolist() == [7, 8, 9, 10]
+    assert trace.dropped_steps == 7
+    assert "7 earlier steps are in the totals only" in repr(trace)
+    everything = torch.cat(outputs)
+    totals = dict(zip(trace.stats, trace.totals[2], strict=True))
+    assert totals["count"] == everything.numel()
+    assert totals["mean"] == pytest.approx(everything.mean().item(), rel=1e-6)
+    assert totals["std"] == pytest.approx(everything.std().item(), rel=1e-6)
+    assert (totals["min"], totals["max"]) == pytest.approx((everything.min().item(), everything.max().item()))
+    print_ = trace.soulprint()
+    assert print_.steps == 11
+    assert print_.means[2] == pytest.approx(sum(x.mean().item() for x in outputs) / 11, rel=1e-6)
+    assert print_.stds[2] == pytest.approx(sum(x.std().item() for x in outputs) / 11, rel=1e-6)
+
+
+def test_totals_do_not_depend_on_the_capacity():
+    traces = []
+    for capacity in (1, 3, 100):
+        wrapped = noesis.wrap(small(), layers="all", capacity=capacity)
+        for x in batches(10):
+            wrapped(x)
+        traces.append(wrapped.trace())
+    for trace in traces[:2]:
+        torch.testing.assert_close(torch.tensor(trace.totals), torch.tensor(traces[2].totals), rtol=1e-12, atol=0)
+        torch.testing.assert_close(torch.tensor(trace.averages), torch.tensor(traces[2].averages), rtol=1e-12, atol=0)
+
+
+def test_every_nth_step():
+    wrapped = noesis.wrap(small(), layers="all", every=3, capacity=2)
+    for x in batches(10):
+        wrapped(x)
+    trace = wrapped.trace()
+    assert trace.steps.tolist() == [6, 9]
+    assert trace.dropped_steps == 2
+    assert trace.soulprint().steps == 4
+
+
+def test_paused_forwards_are_no_steps():
+    wrapped = noesis.wrap(small(), layers="all")
+    first, second, third = batches(3)
+    wrapped(first)
+    with wrapped.paused():
+        wrapped(second)
+        with wrapped.paused():
+            wrapped(second)
+        wrapped(second)
+    wrapped(third)
+    assert wrapped.trace().steps.tolist() == [0, 1]
+    assert wrapped.trace()["max"][1, 0] == pytest.approx(wrapped.model[0](third).max().item())
+
+
+def test_run_and_reset_begin_afresh():
+    wrapped = noesis.wrap(small(), layers="all", capacity=2)
+    for x in batches(5):
+        wrapped(x)
+    with wrapped.run(prompt="a moth", seed=3) as same:
+        assert same is wrapped
+        wrapped(batches(1)[0])
+    trace = wrapped.trace()
+    assert (len(trace), trace.dropped_steps, trace.steps.tolist()) == (1, 0, [0])
+    assert trace.meta["prompt"] == "a moth"
+    assert trace.soulprint().meta["seed"] == 3
+    run = trace.meta["run"]
+    wrapped.reset()
+    assert len(wrapped.trace()) == 0
+    assert wrapped.trace().meta["run"] != run
+    assert "prompt" not in wrapped.trace().meta
+    assert trace.meta["model"] == "Sequential"
+
+
+def test_a_trace_without_steps():
+    wrapped = noesis.wrap(small(), layers="all")
+    trace = wrapped.trace()
+    assert trace.values.shape == (0, 3, 7)
+    assert trace.never_ran == ["0", "1", "2"]
+    assert "never ran: 0, 1, 2" in repr(trace)
+    with pytest.raises(RuntimeError, match=r"no steps in which an observed layer ran.*Run the model first"):
+        wrapped.soulprint()
+
+
+def test_calls_between_forwards_belong_to_the_next_step():
+    """As an encoder that generate() runs before the first forward of the whole model."""
+    model = small()
+    wrapped = noesis.wrap(model, layers="all")
+    x = batches(1)[0]
+    model[0](x)
+    assert wrapped.trace()["count"].tolist() == [[30, 0, 0]]
+    wrapped(x)
+    model[0](x)
+    wrapped(x)
+    trace = wrapped.trace()
+    assert trace.calls.tolist() == [[2, 1, 1], [2, 1, 1]]
+    assert trace.order.tolist() == [[1, 3, 4], [1, 3, 4]]
+
+
+def test_same_input_twice_gives_bitwise_the_same_rows():
+    wrapped = noesis.wrap(small(), layers="all", per_sample=True)
+    x = batches(1, 3000)[0]
+    wrapped(x)
+    first = wrapped.trace()
+    wrapped.reset()
+    wrapped(x)
+    assert (wrapped.trace().values == first.values).all()
+    assert noesis.compare(first, wrapped).first_divergence is None
+
+
+# ---------------------------------------------------------------- samples
+
+
+def test_a_row_per_sample():
+    model = small()
+    wrapped = noesis.wrap(model, layers="all", per_sample=2)  # fewer than the batch: eager code makes room
+    x = batches(1, 5)[0]
+    wrapped(x)
+    wrapped(x[:3] * 2)
+    trace = wrapped.trace()
+    assert len(trace.samples) == 5
+    hidden = model[0](x).detach().double()
+    for index, sample in enumerate(trace.samples):
+        assert sample["mean"][0, 0] == pytest.approx(hidden[index].mean().item(), rel=1e-6)
+        assert sample["std"][0, 0] == pytest.approx(hidden[index].std().item(), rel=1e-6)
+        assert len(sample.soulprint().layers) == 3
+    assert trace.samples[4]["count"].tolist() == [[6, 6, 3], [0, 0, 0]]
+    # the whole is what it is without samples
+    plain = noesis.wrap(small(), layers="all")
+    plain(x)
+    plain(x[:3] * 2)
+    torch.testing.assert_close(torch.tensor(trace.values), torch.tensor(plain.trace().values), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(torch.tensor(trace.totals), torch.tensor(plain.trace().totals), rtol=1e-6, atol=1e-7)
+
+
+def test_samples_survive_the_ring():
+    wrapped = noesis.wrap(small(), layers="all", per_sample=True, capacity=2)
+    reference = noesis.wrap(small(), layers="all", per_sample=True)
+    for x in batches(7, 3):
+        wrapped(x)
+        reference(x)
+    for one, other in zip(wrapped.trace().samples, reference.trace().samples, strict=True):
+        torch.testing.assert_close(torch.tensor(one.totals), torch.tensor(other.totals), rtol=1e-12, atol=0)
+        assert (one.soulprint().vector == pytest.approx(other.soulprint().vector, rel=1e-12))
+
+
+def test_tokens_flattened_with_the_batch_are_told_apart():
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flat, self.odd = nn.Identity(), nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:  # x: (B, T, C)
+            self.odd(x.transpose(0, 1)[:3])  # first dimension is not of the batch: no samples
+            return self.flat(x.flatten(0, 1))
+
+    x = torch.randn(2, 7, 4)
+    wrapped = noesis.wrap(Flat(), layers="leaves", per_sample=True)
+    wrapped(x)
+    trace = wrapped.trace()
+    assert [sample["mean"][0, 0] for sample in trace.samples] == pytest.approx(x.double().mean((1, 2)).tolist(), rel=1e-5)
+    assert [sample["count"][0, 1] for sample in trace.samples] == [0, 0]
+    assert trace["count"][0, 1] == 3 * 2 * 4
+
+
+def test_long_samples_are_measured_one_by_one():
+    wrapped = noesis.wrap(nn.Sequential(nn.Identity()), layers="all", per_sample=True)
+    x = torch.randn(3, 5000)
+    wrapped(x)
+    assert [s["std"].item() for s in wrapped.trace().samples] == pytest.approx(x.double().std(1).tolist(), rel=1e-6)
+
+
+# ---------------------------------------------------------------- one call
+
+
+def test_forward_with_trace_is_this_call_alone():
+    wrapped = noesis.wrap(small(), layers="all", capacity=2)
+    for x in batches(3):
+        y, trace = wrapped.forward_with_trace(x)
+        assert len(trace) == 1
+        assert trace["max"][0, 2] == pytest.approx(y.max().item())
+    with wrapped.paused(), pytest.raises(RuntimeError, match="This forward was not observed"):
+        wrapped.forward_with_trace(x)
+
+
+def test_two_wraps_do_not_see_each_other():
+    one, other = noesis.wrap(small(), layers="all"), noesis.wrap(small(), layers="all")
+    x = batches(1)[0]
+    one(x)
+    one(x)
+    other(x)
+    assert (len(one.trace()), len(other.trace())) == (2, 1)
+
+
+def test_slab_made_in_inference_mode_can_be_written_outside():
+    model = small()
+    with torch.inference_mode():
+        wrapped = noesis.wrap(model, layers="all", per_sample=2)
+        wrapped(batches(1, 6)[0])  # grows here
+    wrapped(batches(1)[0]).sum().backward()
+    assert len(wrapped.trace()) == 2
