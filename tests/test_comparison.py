@@ -15,7 +15,9 @@ from noesis import significance
 
 
 def soulprint(means, stds, layers=None) -> noesis.Soulprint:
-    return noesis.Soulprint(np.array(means, float), np.array(stds, float), layers or [f"l{i}" for i in range(len(means))])
+    return noesis.Soulprint(
+        np.array(means, float), np.array(stds, float), layers or [f"l{i}" for i in range(len(means))]
+    )
 
 
 def test_effects_are_free_of_scale():
@@ -150,7 +152,9 @@ def test_p_values_are_what_they_claim(runs, new, layers):
         stds = np.exp(rng.normal(size=(runs + new, layers)) * spread)
         means = rng.normal(size=(runs + new, layers)) * spread
         judged = significance.judge(means[:runs], stds[:runs], means[runs:], stds[runs:], 1e-5)
-        found.append([(judged.p_value <= alpha).mean() for alpha in (0.01, 0.05, 0.2)] + [(judged.q_value <= 0.05).any()])
+        found.append(
+            [(judged.p_value <= alpha).mean() for alpha in (0.01, 0.05, 0.2)] + [(judged.q_value <= 0.05).any()]
+        )
     rates = np.mean(found, axis=0)
     assert rates[0] <= 0.015
     assert rates[1] <= 0.06

@@ -18,7 +18,11 @@ from noesis import observing
 class Block(nn.Module):
     def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.up, self.norm, self.down = nn.Linear(width, 2 * width), nn.LayerNorm(2 * width), nn.Linear(2 * width, width)
+        self.up, self.norm, self.down = (
+            nn.Linear(width, 2 * width),
+            nn.LayerNorm(2 * width),
+            nn.Linear(2 * width, width),
+        )
         self.drop = nn.Dropout(0.3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,7 +140,17 @@ def test_statistics_are_those_of_the_outputs():
     trace = wrapped.trace()
     for name in trace.layers:
         x = seen[name]
-        want = [x.numel(), x.mean(), x.std(), x.abs().mean(), x.min(), x.max(), 0, (x == 0).sum(), x.square().mean().sqrt()]
+        want = [
+            x.numel(),
+            x.mean(),
+            x.std(),
+            x.abs().mean(),
+            x.min(),
+            x.max(),
+            0,
+            (x == 0).sum(),
+            x.square().mean().sqrt(),
+        ]
         assert trace.layer(name)[0] == pytest.approx([float(value) for value in want], rel=1e-5, abs=1e-6), name
 
 

@@ -177,7 +177,7 @@ def test_samples_survive_the_ring():
         reference(x)
     for one, other in zip(wrapped.trace().samples, reference.trace().samples, strict=True):
         torch.testing.assert_close(torch.tensor(one.totals), torch.tensor(other.totals), rtol=1e-12, atol=0)
-        assert (one.soulprint().vector == pytest.approx(other.soulprint().vector, rel=1e-12))
+        assert one.soulprint().vector == pytest.approx(other.soulprint().vector, rel=1e-12)
 
 
 def test_tokens_flattened_with_the_batch_are_told_apart():
@@ -194,7 +194,9 @@ def test_tokens_flattened_with_the_batch_are_told_apart():
     wrapped = noesis.wrap(Flat(), layers="leaves", per_sample=True)
     wrapped(x)
     trace = wrapped.trace()
-    assert [sample["mean"][0, 0] for sample in trace.samples] == pytest.approx(x.double().mean((1, 2)).tolist(), rel=1e-5)
+    assert [sample["mean"][0, 0] for sample in trace.samples] == pytest.approx(
+        x.double().mean((1, 2)).tolist(), rel=1e-5
+    )
     assert [sample["count"][0, 1] for sample in trace.samples] == [0, 0]
     assert trace["count"][0, 1] == 3 * 2 * 4
 

@@ -19,7 +19,10 @@ def trace() -> noesis.Trace:
     torch.manual_seed(0)
     wrapped = noesis.wrap(
         nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)),
-        layers="all", stats=("zeros", "rms"), per_sample=True, capacity=3,
+        layers="all",
+        stats=("zeros", "rms"),
+        per_sample=True,
+        capacity=3,
     )
     with wrapped.run(prompt="a $moth$ <b>", seed=7):
         for _ in range(5):
@@ -65,7 +68,9 @@ def test_text(trace):
     lines = repr(trace).splitlines()
     assert lines[0] == "Trace of 3 steps x 3 layers x 9 stats (2 earlier steps are in the totals only), 2 samples"
     assert lines[1].split() == ["layer", "mean", "std", "abs_mean", "min", "max", "nonfinite", "zeros", "rms"]
-    assert repr(trace.soulprint()).startswith("Soulprint of 3 layers over 5 steps (model=Sequential, prompt=a $moth$ <b>")
+    assert repr(trace.soulprint()).startswith(
+        "Soulprint of 3 layers over 5 steps (model=Sequential, prompt=a $moth$ <b>"
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +115,10 @@ BROKEN = {
     "truncated": (lambda data: data[: len(data) // 2], "not a readable safetensors file"),
     "cut header": (lambda data: data[:40], "not a readable safetensors file"),
     "huge header": (lambda data: struct.pack("<Q", 2**60) + data[8:], "not a readable safetensors file"),
-    "newer": (lambda data: with_header(data, format_version=99), "has format_version 99. Expected version 1. Upgrade noesis"),
+    "newer": (
+        lambda data: with_header(data, format_version=99),
+        "has format_version 99. Expected version 1. Upgrade noesis",
+    ),
     "other format": (lambda data: with_header(data, format="noesis.else"), "its format is 'noesis.else'"),
     "missing layers": (lambda data: with_header(data, layers=["0"]), "is not a valid"),
     "no header": (lambda data: with_header(data, layers=None), "is not a valid"),

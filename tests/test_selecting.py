@@ -206,13 +206,19 @@ TRANSFORMERS = {
 @pytest.mark.parametrize("family", TRANSFORMERS)
 def test_blocks_of_transformers(family):
     transformers = pytest.importorskip("transformers")
-    common = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    common = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
     image = {"image_size": 16, "patch_size": 8}
     build = {
         "llama": lambda t: t.LlamaForCausalLM(t.LlamaConfig(**common)),
-        "mistral": lambda t: t.MistralForCausalLM(t.MistralConfig(**common, num_key_value_heads=2)),
+        "mistral": lambda t: t.MistralForCausalLM(t.MistralConfig(**common)),
         "gpt2": lambda t: t.GPT2LMHeadModel(t.GPT2Config(vocab_size=50, n_embd=16, n_layer=3, n_head=2)),
-        "mixtral": lambda t: t.MixtralForCausalLM(t.MixtralConfig(**common, num_key_value_heads=2, num_local_experts=4)),
+        "mixtral": lambda t: t.MixtralForCausalLM(t.MixtralConfig(**common, num_local_experts=4)),
         "bert": lambda t: t.BertModel(t.BertConfig(**common)),
         "vit": lambda t: t.ViTModel(t.ViTConfig(**{**common, **image})),
         "t5": lambda t: t.T5Model(t.T5Config(vocab_size=50, d_model=16, d_ff=24, d_kv=8, num_layers=2, num_heads=2)),

@@ -188,11 +188,10 @@ class Comparison:
         parts = [head]
         if self.first_divergence is not None:
             where = self.first_divergence
-            parts.append(f"first divergence: step {where.step}, layer {where.layer} ({where.stat} {where.a:.6g} -> {where.b:.6g})")
+            what = f"{where.stat} {where.a:.6g} -> {where.b:.6g}"
+            parts.append(f"first divergence: step {where.step}, layer {where.layer} ({what})")
         columns = ["layer", "effect", "mean_a", "mean_b", "std_a", "std_b"]
-        lines = [
-            [row.layer, *(f"{getattr(row, name):.4g}" for name in columns[1:])] for row in self.rows[:top]
-        ]
+        lines = [[row.layer, *(f"{getattr(row, name):.4g}" for name in columns[1:])] for row in self.rows[:top]]
         if self.baseline:
             changed = self.changed
             parts.append(
@@ -205,7 +204,8 @@ class Comparison:
         parts.append(table(columns, lines))
         for label, names in (("only in a", self.only_in_a), ("only in b", self.only_in_b)):
             if names:
-                parts.append(f"{label}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}")
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                parts.append(f"{label}: {', '.join(names[:5])}{more}")
         return "\n".join(parts)
 
 
@@ -260,7 +260,7 @@ def compare(
     if len(right) != 1 and (baseline is None or not right):
         raise BadValue(f"b is {len(right)} runs", "one run, or several together with baseline=[...]")
     traces = [run for run in (left, right[0]) if isinstance(run, Trace)] if len(right) == 1 else []
-    divergence = first_divergence(*traces, tolerance=tolerance) if len(traces) == 2 else None
+    divergence = first_divergence(traces[0], traces[1], tolerance) if len(traces) == 2 else None
     first, others = _soulprint(left), [_soulprint(run) for run in right]
     second = others[0]
     names = [name for name in first.layers if all(name in run.layers for run in others)]
@@ -290,7 +290,7 @@ def compare(
     rank = -effect
     if baseline is not None:
         base = _baseline([_soulprint(_result(run)) for run in baseline], names)
-        judgement = judge(*base, *new, tolerance)
+        judgement = judge(base[0], base[1], new[0], new[1], tolerance)
         values |= vars(judgement) | {"changed": judgement.q_value <= alpha}
         rank = judgement.p_value
     order = np.lexsort((-effect, rank))
@@ -312,7 +312,8 @@ def first_divergence(a: Trace, b: Trace, tolerance: float = 1e-5) -> Divergence 
     """The earliest step, and in order of execution the earliest layer, at which two traces differ.
 
     Args:
-        a, b: traces of the same input; their steps are matched by number, their layers by name.
+        a: a trace.
+        b: another of the same input; steps are matched by number, layers by name.
         tolerance: in standard deviations of the layer at that step (in its size, for a constant
             layer); counts of elements, of non-finite elements and of calls have to be equal.
 
@@ -404,7 +405,8 @@ def _columns(runs: list[Soulprint], names: list[str]) -> Floats:
         place = {name: index for index, name in enumerate(run.layers)}
         chosen = [place[name] for name in names]
         columns.append((run.means[chosen], run.stds[chosen]))
-    return np.array(columns).swapaxes(0, 1)
+    stacked: Floats = np.array(columns, dtype=np.float64).transpose(1, 0, 2)
+    return stacked
 
 
 def _baseline(runs: list[Soulprint], names: list[str]) -> Floats:

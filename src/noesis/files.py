@@ -6,7 +6,6 @@ a trace or a soulprint is; that knowledge lives with them.
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import io
 import json
@@ -46,11 +45,10 @@ def write_bytes(path: PathLike, data: bytes) -> Path:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600; a result is an ordinary file
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o666 & ~umask)  # mkstemp gives 0600; a result is an ordinary file
+        Path(temporary).replace(path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
     return path
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .errors import BadType, WrongState
 from .outputs import batch_of, hidden_state, register_block
 from .recorder import Recorder
+from .routes import Router
 
 
 class Site:
@@ -32,6 +33,7 @@ class Site:
         self.name = ""
         self.stream: int | None = None
         self.pick: Callable[[Any], Any] | None = None
+        self.router: Router | None = None
 
     def skips(self) -> bool:
         """Whether this call is none of ours; compiled code asks the device instead."""
@@ -41,6 +43,7 @@ class Site:
         return self.recorder.paused or torch._C._current_graph_task_id() != -1
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward of the root starts: find its timestep and its batch."""
         timestep = None
         if self.timestep is not None:
             timestep = kwargs.get(self.timestep_name)
@@ -51,12 +54,24 @@ class Site:
         self.recorder.begin(timestep, batch_of(args, kwargs))
 
     def observe(self, output: Any) -> None:
+        """Look at what the module returned."""
+        if self.router is not None:
+            self.route(output, self.router)
         x: Any = hidden_state(output, self.stream) if self.pick is None else self.pick(output)
         reason = unmeasurable(x)
         if reason is not None:
             self.recorder.unmeasured[self.name] = f"{reason}, in an output of type {type(output).__name__}"
         elif self.index is not None:
             self.recorder.observe(x.detach(), self.index)
+
+    def route(self, output: Any, router: Router) -> None:
+        """Look at what a router chose."""
+        found = router.read(output)
+        reason = unmeasurable(found[0]) if isinstance(found, tuple) else found
+        if reason is not None:
+            self.recorder.unrouted[self.name] = reason
+        elif isinstance(found, tuple):
+            self.recorder.route(*found, router.index)
 
 
 def unmeasurable(x: Any) -> str | None:
@@ -92,6 +107,7 @@ class Observed:
     _noesis: Site | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module, and look at what it returns."""
         if not isinstance(self, Observed):  # unwrapped since; torch.compile keeps a bound `__call__`
             return type(self).__call__(self, *args, **kwargs)
         site = self._noesis
@@ -123,6 +139,7 @@ class ObservedDenoiser(Observed):
 
     @contextmanager
     def cache_context(self, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """The denoiser's own, which also tells the recorder the branch."""
         site = self._noesis
         before = None if site is None else site.recorder.branch
         with super().cache_context(name, *args, **kwargs) as context:  # type: ignore[misc]

@@ -17,9 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .errors import WrongState
 from .kernels import moments, rows, stepping
+from .kernels.routing import RouteBank
 from .kernels.rows import FIELDS, SLOTS
 from .kernels.stepping import ACTIVE, CONTROL, ENABLED, EVERY, FORWARDS, OBSERVED, SLOT, STEP, TOTALS
+from .routes import Router, Routes
 from .trace import Trace, stats_of
 
 Floats = NDArray[np.float64]
@@ -53,14 +56,17 @@ class Bank:
         self.control[EVERY] = every
         self.control[SLOT] = capacity
         self.control[ENABLED] = self.control[ACTIVE] = 1
+        self.routes: RouteBank | None = None
         self._view()
 
     @property
     def capacity(self) -> int:
+        """Steps the ring holds."""
         return self.steps.shape[0]
 
     @property
     def samples(self) -> int:
+        """Samples there is room for; 0 without per-sample rows."""
         return self.totals.shape[0] - 1
 
     def _view(self) -> None:
@@ -76,6 +82,7 @@ class Bank:
         self._view()  # copies of the arrays would no longer share memory with the tensors
 
     def begin(self, timestep: Tensor | float | None, branch: int, batch: int) -> None:
+        """Start a step."""
         if isinstance(timestep, Tensor):
             timestep = timestep.detach().reshape(-1)[0]  # pipelines repeat it over the batch
         if self.arrays is not None and not torch.compiler.is_compiling():
@@ -90,12 +97,14 @@ class Bank:
         torch.ops.noesis.begin(value, branch, batch, self.slab, self.totals, self.steps, self.control)
 
     def end(self) -> None:
+        """End a step: what is called from now on belongs to the next one."""
         if self.arrays is not None and not torch.compiler.is_compiling():
             stepping.end(self.arrays[3], self.capacity)
         else:
             torch.ops.noesis.end(self.control, self.capacity)
 
     def observe(self, x: Tensor, layer: int, samples: int, count_zeros: bool) -> None:
+        """Merge a tensor into a layer's row: the op in compiled code, else the kernel itself."""
         if torch.compiler.is_compiling():
             torch.ops.noesis.moments(x, self.layer[layer], samples, count_zeros, self.slab, self.control)
         elif self.arrays is not None:
@@ -104,7 +113,10 @@ class Bank:
             moments.observe_reference(x, self.layer[layer], samples, count_zeros, self.slab, self.control)
 
     def switch(self, enabled: bool) -> None:
+        """Set the flag that the kernels look at."""
         self.control[ENABLED] = self.control[ACTIVE] = int(enabled)
+        if self.routes is not None:
+            self.routes.interrupt()
 
     def grow(self, samples: int) -> None:
         """Make room for more samples; what is held stays."""
@@ -119,17 +131,21 @@ class Bank:
         self._view()
 
     def clear(self) -> None:
+        """Forget all steps; the tensors stay where compiled code and graphs know them."""
         every, enabled = self.control[EVERY].clone(), self.control[ENABLED].clone()
         for tensor in (self.slab, self.totals, self.steps, self.control):
             tensor.zero_()
         self.control[EVERY], self.control[SLOT] = every, self.capacity
         self.control[ENABLED] = self.control[ACTIVE] = enabled
+        if self.routes is not None:
+            self.routes.clear()
 
     def beside(self, device: torch.device) -> Bank:
         """An empty bank on another device, at the same step."""
         layers = self.slab.shape[2]
         bank = Bank(device, layers, self.capacity, self.samples, 1)
         bank.control.copy_(self.control)
+        bank.routes = None if self.routes is None else self.routes.beside(device)
         return bank
 
     def fetch(self) -> tuple[Floats, Floats, Floats, NDArray[np.int64]]:
@@ -166,6 +182,8 @@ class Recorder:
         self.branches: list[str] = []
         self.branch: str | None = None
         self.unmeasured: dict[str, str] = {}
+        self.routers: list[Router] = []
+        self.unrouted: dict[str, str] = {}
         self.meta: dict[str, Any] = {}
         self.base_meta: dict[str, Any] = {}
         self.given: dict[str, Any] = {}  # meta of the run that its user gave; it wins over what is found
@@ -176,7 +194,7 @@ class Recorder:
 
     def begin(self, timestep: Tensor | float | None, batch: int) -> None:
         """A forward of the root starts."""
-        if self.per_sample:
+        if self.per_sample or self.routers:
             self.batch = batch
         name = self.branch
         if name is None and not torch.compiler.is_compiling() and self.branch_of is not None:
@@ -189,10 +207,12 @@ class Recorder:
         for bank in self.banks:
             here = not isinstance(timestep, Tensor) or timestep.device == bank.device
             bank.begin(timestep if here else None, branch, batch)
+            if bank.routes is not None:
+                bank.routes.begin(bank.control)
 
     def end(self) -> None:
         """A forward of the root is over."""
-        if self.per_sample:
+        if self.per_sample or self.routers:
             self.batch = None
         for bank in self.banks:
             bank.end()
@@ -202,6 +222,12 @@ class Recorder:
         bank = self.bank(x.device)
         samples = self._samples(x, bank) if self.per_sample else 0
         bank.observe(x, layer, samples, self.count_zeros)
+
+    def route(self, logits: Tensor, indices: Tensor, router: int) -> None:
+        """Count where a router sent its tokens."""
+        bank = self.bank(logits.device)
+        if bank.routes is not None:
+            bank.routes.observe(logits, indices, self.batch or 0, router, bank.control)
 
     def bank(self, device: torch.device) -> Bank:
         """The bank of a device, made when the first layer runs there."""
@@ -234,10 +260,19 @@ class Recorder:
         for bank in self.banks:
             bank.clear()
         self.unmeasured.clear()
+        self.unrouted.clear()
         self.branches.clear()
         self.branch = None
         self.given = meta
         self.meta = {"run": uuid.uuid4().hex[:12], **self.base_meta, **meta}
+
+    def follow(self, routers: list[Router]) -> None:
+        """Count what these layers choose, from now on."""
+        self.routers = routers
+        if routers:
+            experts = max(router.experts for router in routers)
+            for bank in self.banks:
+                bank.routes = RouteBank(bank.device, len(routers), experts, bank.capacity)
 
     def set_branch(self, branch: str | None) -> None:
         """Name the guidance branch of the forwards to come."""
@@ -265,6 +300,16 @@ class Recorder:
             totals = stepping.add_step(totals, stepping.with_whole(step))
         return Reading(steps[slots], held, totals, dropped)
 
+
+    def routes(self) -> Routes:
+        """What the routers chose."""
+        if not self.routers:
+            raise WrongState(
+                "No router is observed", "a model whose routers were selected", 'Pass wrap(..., layers="routers")'
+            )
+        steps, control = (tensor.cpu().numpy() for tensor in (self.banks[0].steps, self.banks[0].control))
+        counted = [bank.routes for bank in self.banks if bank.routes is not None]
+        return Routes.read(self.routers, counted, steps, control, unmeasured=self.unrouted, meta=self.meta)
 
     def trace(self) -> Trace:
         """What is known, as a trace."""

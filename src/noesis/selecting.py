@@ -354,5 +354,3 @@ def _nothing(model: nn.Module, item: Any, names: list[str]) -> BadValue:
         f"a preset ({', '.join(PRESETS)}) or something that matches one of its {len(names)} layers",
         f"{'Did you mean' if near else 'Its layers have names like'}: {', '.join(map(repr, examples))}",
     )
-
-

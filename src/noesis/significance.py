@@ -37,8 +37,10 @@ def judge(base_means: Floats, base_stds: Floats, means: Floats, stds: Floats, to
     """How surely new runs differ from a baseline, layer by layer.
 
     Args:
-        base_means, base_stds: [runs, layers] of the baseline, at least two runs.
-        means, stds: [runs, layers] of the new runs, at least one.
+        base_means: [runs, layers] of the baseline, at least two runs.
+        base_stds: likewise.
+        means: [runs, layers] of the new runs, at least one.
+        stds: likewise.
         tolerance: spreads narrower than this (in stds of the layer) are taken to be this wide.
 
     Returns:

@@ -139,7 +139,8 @@ class Soulprint:
 
     def __repr__(self) -> str:
         head = f"Soulprint of {len(self.layers)} layers over {self.steps} step{'' if self.steps == 1 else 's'}"
-        known = [f"{key}={self.meta[key]}" for key in ("model", "prompt", "seed", "run") if self.meta.get(key) is not None]
+        keys = ("model", "prompt", "seed", "run")
+        known = [f"{key}={self.meta[key]}" for key in keys if self.meta.get(key) is not None]
         lines = [
             [name, f"{mean:.4g}", f"{std:.4g}"]
             for name, mean, std in zip(self.layers, self.means, self.stds, strict=True)

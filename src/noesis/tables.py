@@ -21,7 +21,8 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]], most: int = MOS
     shown = [list(line) for line in lines]
     if cut > 0:
         half = most // 2
-        shown = [*shown[:half], [f"... {cut} more ...", *[""] * (len(header) - 1)], *shown[len(shown) - (most - half) :]]
+        gap = [f"... {cut} more ...", *[""] * (len(header) - 1)]
+        shown = [*shown[:half], gap, *shown[len(shown) - (most - half) :]]
     widths = [max(len(row[column]) for row in [list(header), *shown]) for column in range(len(header))]
     return "\n".join(
         "  ".join(

@@ -373,8 +373,11 @@ class Trace:
             head += f", {_count(len(self.samples), 'sample')}"
         shown = [name for name in self.stats if name != "count"]
         columns = [self.stats.index(name) for name in shown]
-        lines = [[name, *(f"{value:.4g}" for value in self.totals[index, columns])]
-                 for index, name in enumerate(self.layers) if name not in self.never_ran]
+        lines = [
+            [name, *(f"{value:.4g}" for value in self.totals[index, columns])]
+            for index, name in enumerate(self.layers)
+            if name not in self.never_ran
+        ]
         parts = [head, table(["layer", *shown], lines)]
         if self.never_ran:
             parts.append(f"never ran: {', '.join(self.never_ran)}")

@@ -17,6 +17,7 @@ from .errors import BadType, BadValue, WrongState
 from .observing import Site, become_observed, rebind, restore, site_of
 from .outputs import stream_index
 from .recorder import Recorder
+from .routes import Routes, routers
 from .selecting import Layers, select
 from .soulprint import Soulprint
 from .trace import ALWAYS, OPTIONAL, Trace
@@ -105,6 +106,7 @@ def wrap(
         stats=kept_stats,
         settings=settings,
     )
+    recorder.follow(routers(root, chosen))
     _observe(recorder, chosen, roots, output)
     rebind(called)
     recorder.base_meta = _describe(root, layers)
@@ -127,10 +129,12 @@ def _observe(
         found = [name for name in TIMESTEPS if name in names]
         if found:
             site.timestep_name, site.timestep = found[0], names.index(found[0])
+    by_name = {router.name: router for router in recorder.routers}
     for index, (name, module) in enumerate(chosen):
         _, site = sites.setdefault(id(module), (module, Site(recorder)))
         site.index, site.name = index, name
         site.pick, site.stream = output, stream_index(module)
+        site.router = by_name.get(name)
     done: list[nn.Module] = []
     try:
         for module, site in sites.values():
@@ -181,6 +185,15 @@ class Wrapped(nn.Module):
         trace: Trace = self._recorder.trace()
         return trace
 
+    def routes(self) -> Routes:
+        """Where the routers of a Mixture-of-Experts model sent the run's tokens.
+
+        Raises:
+            NoesisError: when no router is observed (wrap with `layers="routers"`), or nothing ran.
+        """
+        routes: Routes = self._recorder.routes()
+        return routes
+
     def soulprint(self) -> Soulprint:
         """The run as one vector; see `Trace.soulprint`."""
         return self.trace().soulprint()
@@ -196,7 +209,9 @@ class Wrapped(nn.Module):
         trace = self.trace()
         latest = trace.at(trace.steps > (before.max() if len(before) else -1))
         if not len(latest):
-            raise WrongState("This forward was not observed", "a forward that is", "Leave paused(), or wrap with every=1")
+            raise WrongState(
+                "This forward was not observed", "a forward that is", "Leave paused(), or wrap with every=1"
+            )
         return output, latest
 
     # ------------------------------------------------------------ runs
@@ -244,6 +259,7 @@ class Wrapped(nn.Module):
         return self.model.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
         return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -318,9 +334,7 @@ def _resolve(model: Any) -> tuple[Any, nn.Module, list[nn.Module], Any]:
         pipeline = Pipeline(model)
         root, roots = pipeline.denoisers()
         return root, root, roots, pipeline
-    raise BadType(
-        f"model is a {type(model).__name__}", "an nn.Module or a diffusers pipeline", "Pass the model itself"
-    )
+    raise BadType(f"model is a {type(model).__name__}", "an nn.Module or a diffusers pipeline", "Pass the model itself")
 
 
 def _device(root: nn.Module) -> torch.device:

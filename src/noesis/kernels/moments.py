@@ -77,9 +77,7 @@ def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # Apple GPUs have no float64
 
 
-def observe_reference(
-    x: Tensor, layer: Tensor, samples: int, count_zeros: bool, slab: Tensor, control: Tensor
-) -> None:
+def observe_reference(x: Tensor, layer: Tensor, samples: int, count_zeros: bool, slab: Tensor, control: Tensor) -> None:
     """Merge the moments of `x` into the slab, decided on the device alone."""
     _check_room(samples, slab.shape[1] - 1)
     new = reference(_by_sample(x, samples), count_zeros)

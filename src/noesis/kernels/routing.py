@@ -4,7 +4,7 @@ State of a device, int64, only ever changed in place:
 
 | tensor | shape | what |
 |---|---|---|
-| `sums` | [capacity + 2, layers, experts + FIELDS] | a slot per step; then calls made between steps; then the whole run |
+| `sums` | [capacity + 2, layers, experts + FIELDS] | a slot per step, one for calls between, one for the whole run |
 | `pairs` | [layers, experts, experts] | tokens sent to both experts, over the whole run |
 | `last` | [layers, 2 + ROWS] | of the latest call: batch, number of the forward, each row's last first choice |
 
@@ -33,7 +33,14 @@ CHUNK = 1 << 20
 
 
 def routing_reference(
-    logits: Tensor, indices: Tensor, batch: int, layer: Tensor, sums: Tensor, pairs: Tensor, last: Tensor, control: Tensor
+    logits: Tensor,
+    indices: Tensor,
+    batch: int,
+    layer: Tensor,
+    sums: Tensor,
+    pairs: Tensor,
+    last: Tensor,
+    control: Tensor,
 ) -> None:
     """Add a router's call to the state, decided on the device alone.
 
@@ -134,7 +141,14 @@ def begin_reference(sums: Tensor, control: Tensor) -> None:
 
 
 def _routing_cpu(
-    logits: Tensor, indices: Tensor, batch: int, layer: Tensor, sums: Tensor, pairs: Tensor, last: Tensor, control: Tensor
+    logits: Tensor,
+    indices: Tensor,
+    batch: int,
+    layer: Tensor,
+    sums: Tensor,
+    pairs: Tensor,
+    last: Tensor,
+    control: Tensor,
 ) -> None:
     if control[ACTIVE]:  # on the CPU it costs nothing to ask first
         routing_reference(logits, indices, batch, layer, sums, pairs, last, control)
