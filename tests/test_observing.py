@@ -432,5 +432,5 @@ def test_bad_arguments(arguments, message):
 def test_models_that_cannot_be_wrapped():
     with pytest.raises(ValueError, match="Linear has no submodules to observe.*nn.Sequential"):
         noesis.wrap(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="model is a str. Expected an nn.Module or a diffusers pipeline"):
+    with pytest.raises(TypeError, match="model is of type str. Expected an nn.Module or a diffusers pipeline"):
         noesis.wrap("model")

@@ -26,7 +26,7 @@ from .errors import BadFile, BadType, BadValue, TooLarge, WrongState
 from .outputs import hidden_state, stream_index
 from .selecting import Layers, select
 from .tables import table
-from .wrapping import Wrapped
+from .wrapping import resolve
 
 KIND = "activations"
 T = TypeVar("T", str, int)
@@ -224,7 +224,7 @@ def capture(model: Any, layers: Layers = "blocks", *, max_bytes: int = 1 << 30) 
         1        2x8  float32
 
     Args:
-        model: an `nn.Module`, or what holds one as `.model`, such as the result of `noesis.wrap`.
+        model: an `nn.Module`, a diffusers pipeline, or the result of `noesis.wrap`.
         layers: which layers, as in `noesis.wrap`.
         max_bytes: the most bytes of activations to hold.
 
@@ -235,7 +235,7 @@ def capture(model: Any, layers: Layers = "blocks", *, max_bytes: int = 1 << 30) 
         NoesisError: (a MemoryError) when the next tensor would pass `max_bytes`; (a RuntimeError) on leaving,
             when no selected layer ran; (a ValueError or TypeError) when nothing is selected or no output can be kept.
     """
-    root = _module_of(model)
+    _, root, _, _ = resolve(model)
     bound = _positive(max_bytes)
     chosen = select(root, layers)
     acts = Activations({name: [] for name, _ in chosen}, meta={"model": type(root).__name__})
@@ -290,21 +290,6 @@ class _Recording:
             kept = torch.empty(hidden.shape, dtype=hidden.dtype, device="cpu").copy_(hidden)
         self.acts[name].append(kept)
         self.held += needed
-
-
-def _module_of(model: Any) -> nn.Module:
-    """The module whose layers are meant."""
-    if isinstance(model, Wrapped) or not isinstance(model, nn.Module):
-        model = getattr(model, "model", model)
-    # torch.compile(module) is a shell around the module; its layers keep their own names.
-    model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, nn.Module):
-        raise BadType(
-            f"capture was given {type(model).__name__}",
-            "an nn.Module, or an object with one as .model",
-            "Pass the module itself, for example pipe.unet",
-        )
-    return model
 
 
 def _positive(max_bytes: Any) -> int:

@@ -49,7 +49,7 @@ class Site:
             timestep = kwargs.get(self.timestep_name)
             if timestep is None and len(args) > self.timestep:
                 timestep = args[self.timestep]
-            if not isinstance(timestep, (Tensor, float, int)):
+            if type(timestep) not in (Tensor, float, int):  # a fake or batched tensor has no value to read
                 timestep = None
         self.recorder.begin(timestep, batch_of(args, kwargs))
 

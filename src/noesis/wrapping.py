@@ -76,7 +76,7 @@ def wrap(
     kept_stats = _check_stats(stats)
     samples = FIRST_SAMPLES if per_sample is True else per_sample
     _check_numbers(every=every, capacity=capacity, per_sample=samples or 1)
-    called, root, roots, pipeline = _resolve(model)
+    called, root, roots, pipeline = resolve(model)
     chosen = select(root, layers)
     settings: dict[str, Any] = {
         "layers": [name for name, _ in chosen],
@@ -321,7 +321,7 @@ def _check_numbers(**numbers: Any) -> None:
             raise BadValue(f"{name}={value!r}", "a whole number from 1", f"Leave {name} out for its default")
 
 
-def _resolve(model: Any) -> tuple[Any, nn.Module, list[nn.Module], Any]:
+def resolve(model: Any) -> tuple[Any, nn.Module, list[nn.Module], Any]:
     """What to call, where layers are selected, whose forwards are steps, and the pipeline around it."""
     if isinstance(model, Wrapped):
         model = model.model
@@ -334,7 +334,7 @@ def _resolve(model: Any) -> tuple[Any, nn.Module, list[nn.Module], Any]:
         pipeline = Pipeline(model)
         root, roots = pipeline.denoisers()
         return root, root, roots, pipeline
-    raise BadType(f"model is a {type(model).__name__}", "an nn.Module or a diffusers pipeline", "Pass the model itself")
+    raise BadType(f"model is of type {type(model).__name__}", "an nn.Module or a diffusers pipeline", "Pass the model itself")
 
 
 def _device(root: nn.Module) -> torch.device:

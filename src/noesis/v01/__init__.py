@@ -8,12 +8,14 @@ rows of one name, and the soulprint's `layer_index` keeps only the last of them:
 number of rows is `len(soulprint) / 2`, and calls are told apart here as `name#1`, `name#2`, ...
 """
 
-from .fields import looks_like
+from .fields import SOULPRINT, TRACE, looks_like
 from .soulprints import Print, read_soulprint, write_soulprint
 from .traces import STATS, Run, read_run, runs_in, write_run
 
 __all__ = [
+    "SOULPRINT",
     "STATS",
+    "TRACE",
     "Print",
     "Run",
     "looks_like",
