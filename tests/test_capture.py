@@ -257,7 +257,10 @@ def test_a_module_with_a_submodule_called_model_is_itself() -> None:
 
 
 def test_not_a_model() -> None:
-    with pytest.raises(BadType, match=r"model is of type int\. Expected an nn\.Module.*\. Pass the model itself"), capture(3):
+    with (
+        pytest.raises(BadType, match=r"model is of type int\. Expected an nn\.Module.*Pass the model itself"),
+        capture(3),
+    ):
         pass
     with pytest.raises(BadValue, match="selects nothing"), capture(network(), "nothing.here"):
         pass

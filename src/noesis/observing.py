@@ -49,7 +49,7 @@ class Site:
             timestep = kwargs.get(self.timestep_name)
             if timestep is None and len(args) > self.timestep:
                 timestep = args[self.timestep]
-            if type(timestep) not in (Tensor, float, int):  # a fake or batched tensor has no value to read
+            if not _is_number(timestep):
                 timestep = None
         self.recorder.begin(timestep, batch_of(args, kwargs))
 
@@ -72,6 +72,13 @@ class Site:
             self.recorder.unrouted[self.name] = reason
         elif isinstance(found, tuple):
             self.recorder.route(*found, router.index)
+
+
+def _is_number(timestep: Any) -> bool:
+    """Whether there is a value to record; a fake or batched tensor has none that could be read."""
+    if type(timestep) is Tensor:
+        return timestep.numel() > 0 and not timestep.is_complex()
+    return isinstance(timestep, (float, int))
 
 
 def unmeasurable(x: Any) -> str | None:

@@ -300,7 +300,6 @@ class Recorder:
             totals = stepping.add_step(totals, stepping.with_whole(step))
         return Reading(steps[slots], held, totals, dropped)
 
-
     def routes(self) -> Routes:
         """What the routers chose."""
         if not self.routers:
@@ -314,6 +313,7 @@ class Recorder:
     def trace(self) -> Trace:
         """What is known, as a trace."""
         reading, stats = self.read(), self.stats
+        named: list[str | None] = [*self.branches, None]  # -1 stands for no branch
 
         def one(row: int) -> Trace:
             fields, totals = reading.rows[:, row], reading.totals[row]
@@ -328,7 +328,7 @@ class Recorder:
                 averages=totals[:, len(rows.FIELDS) :],
                 timesteps=reading.steps[:, stepping.TIMESTEP],
                 batches=reading.steps[:, stepping.BATCH].astype(np.int64),
-                branches=[self.branches[int(code)] if code >= 0 else None for code in reading.steps[:, stepping.BRANCH]],
+                branches=[named[int(code)] for code in reading.steps[:, stepping.BRANCH]],
                 dropped_steps=reading.dropped,
                 unmeasured=dict(self.unmeasured),
                 meta=dict(self.meta),

@@ -334,7 +334,9 @@ def resolve(model: Any) -> tuple[Any, nn.Module, list[nn.Module], Any]:
         pipeline = Pipeline(model)
         root, roots = pipeline.denoisers()
         return root, root, roots, pipeline
-    raise BadType(f"model is of type {type(model).__name__}", "an nn.Module or a diffusers pipeline", "Pass the model itself")
+    raise BadType(
+        f"model is of type {type(model).__name__}", "an nn.Module or a diffusers pipeline", "Pass the model itself"
+    )
 
 
 def _device(root: nn.Module) -> torch.device:

@@ -1,0 +1,1 @@
+"""What noesis knows of other libraries; imported late, by nobody at import time."""
