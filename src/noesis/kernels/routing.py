@@ -8,6 +8,9 @@ State of a device, int64, only ever changed in place:
 | `pairs` | [layers, experts, experts] | tokens sent to both experts, over the whole run |
 | `last` | [layers, 2 + ROWS] | of the latest call: batch, number of the forward, each row's last first choice |
 
+That is 8 * layers * ((capacity + 2) * (experts + FIELDS) + experts**2 + 2 + ROWS) bytes, and per call scratch
+for a few copies of the logits.
+
 Everything is a whole number, entropy too (in units of 1 / UNIT nats), so sums do not depend on the
 order in which they were made. The reference never waits for the device and serves the CPU as well.
 """
