@@ -1,0 +1,455 @@
+"""What noesis does not see: the table of docs/limitations.md, one test per row."""
+
+from __future__ import annotations
+
+import ast
+import multiprocessing
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import noesis
+
+ROOT = Path(__file__).parents[1]
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+
+class Returns(nn.Module):
+    def __init__(self, value: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor) -> Any:
+        return self.value(x)
+
+
+def observed_once(value: Callable[[Tensor], Any]) -> noesis.Trace:
+    """The trace of one forward of a layer that returns `value(x)`."""
+    wrapped = noesis.wrap(nn.Sequential(Returns(value)), layers="all")
+    wrapped(torch.tensor([[1.0, 2.0]]))
+    return wrapped.trace()
+
+
+# ---------------------------------------------------------------- layers that are not called
+
+
+def test_attention_reads_out_proj_without_calling_it() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x)[0]
+
+    wrapped = noesis.wrap(Net(), layers="all")
+    wrapped(torch.randn(2, 3, 8))
+    assert wrapped.trace().never_ran == ["attention.out_proj"]
+
+
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+
+
+def test_the_fast_path_of_transformer_encoders_calls_nothing_inside() -> None:
+    wrapped = noesis.wrap(encoder(), layers="all")
+    with torch.no_grad():
+        wrapped(torch.randn(2, 3, 8))
+    ran = [name for name in wrapped.layers if name not in wrapped.trace().never_ran]
+    assert ran == ["layers.0", "layers.1"]
+    wrapped.reset()
+    wrapped(torch.randn(2, 3, 8))  # where gradients are recorded there is no fast path
+    assert wrapped.trace().never_ran == ["layers.0.self_attn.out_proj", "layers.1.self_attn.out_proj"]
+
+
+def test_capture_keeps_transformer_encoders_off_their_fast_path() -> None:
+    model = encoder()
+    with torch.no_grad(), noesis.capture(model, "all") as acts:
+        model(torch.randn(2, 3, 8))
+    assert acts.never_ran == ["layers.0.self_attn.out_proj", "layers.1.self_attn.out_proj"]
+
+
+def test_forward_called_by_hand_is_not_seen() -> None:
+    model = small()
+    wrapped = noesis.wrap(model, layers="all")
+    model[0].forward(torch.ones(1, 4))
+    assert wrapped.trace().never_ran == ["0", "1"]
+    wrapped.forward(torch.ones(1, 4))  # runs the layers, but begins no step
+    wrapped.forward(torch.ones(1, 4))
+    assert wrapped.trace().calls.tolist() == [[2, 2]]
+
+
+def test_calls_inside_a_backward_pass_are_taken_for_recomputation() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.of_gradients = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.used(x)
+            y.register_hook(self.of_gradients)
+            return y
+
+    wrapped = noesis.wrap(Net(), layers="linear")
+    wrapped(torch.ones(1, 4)).sum().backward()
+    assert wrapped.trace().never_ran == ["of_gradients"]
+
+
+# ---------------------------------------------------------------- steps
+
+
+def test_a_root_that_is_never_called_gives_one_open_step() -> None:
+    class Autoencoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(4, 2), nn.Linear(2, 4)
+
+        def decode(self, z: Tensor) -> Tensor:
+            return self.decoder(z)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.decode(self.encoder(x))
+
+    wrapped = noesis.wrap(Autoencoder(), layers="linear")
+    for _ in range(3):
+        wrapped.decode(torch.ones(1, 2))
+    trace = wrapped.trace()
+    assert trace.steps.tolist() == [0]
+    assert trace.calls.tolist() == [[0, 3]]
+    assert trace.soulprint().layers == ["decoder"]
+    wrapped(torch.ones(1, 4))  # the next forward of the root closes it, and is merged with it
+    assert wrapped.trace().calls.tolist() == [[1, 4]]
+
+
+def test_threads_share_the_step_of_one_wrapped_model() -> None:
+    first_is_in, go_on = threading.Event(), threading.Event()
+
+    def wait(x: Tensor) -> Tensor:
+        if len(x) == 3:  # the batch of the first thread
+            first_is_in.set()
+            assert go_on.wait(60)
+        return x
+
+    wrapped = noesis.wrap(nn.Sequential(Returns(wait), nn.Identity()), layers="all")
+    first = threading.Thread(target=lambda: wrapped(torch.ones(3, 2)))
+    first.start()
+    assert first_is_in.wait(60)
+    wrapped(torch.ones(1, 2))
+    go_on.set()
+    first.join()
+    assert wrapped.trace()["count"].tolist() == [[0, 0], [2, 2], [6, 6]]  # the first thread's rows miss its step
+
+
+def test_the_ring_keeps_the_latest_steps_and_totals_of_all() -> None:
+    wrapped = noesis.wrap(small(), layers="all", capacity=2)
+    for _ in range(5):
+        wrapped(torch.ones(3, 4))
+    trace = wrapped.trace()
+    assert (trace.steps.tolist(), trace.dropped_steps) == ([3, 4], 3)
+    assert trace.totals[:, 0].tolist() == [5 * 12, 5 * 12]
+    assert trace.soulprint().steps == 5
+
+
+def test_nothing_of_a_paused_forward_is_kept() -> None:
+    wrapped = noesis.wrap(small(), layers="all")
+    x = torch.ones(1, 4)
+    wrapped(x)
+    before = wrapped.trace()
+    with wrapped.paused():
+        wrapped(100 * x)
+        assert (wrapped.trace().totals == before.totals).all()
+    wrapped(x)
+    trace = wrapped.trace()
+    assert trace.steps.tolist() == [0, 1]  # not counted either: there is no gap
+    assert (trace.values[1] == before.values[0]).all()
+
+
+def test_calls_of_one_step_are_one_row() -> None:
+    act = nn.ReLU()
+    wrapped = noesis.wrap(nn.Sequential(act, nn.Linear(4, 4), act), layers="all")
+    wrapped(torch.ones(1, 4))
+    assert wrapped.layers == ["0", "1"]  # a module with two names goes by the first
+    trace = wrapped.trace()
+    assert trace.calls.tolist() == [[2, 1]]
+    assert trace.order.tolist() == [[1, 2]]  # where it ran first
+
+
+@pytest.mark.slow
+def test_each_process_has_a_trace_of_its_own() -> None:
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    ranks = [context.Process(target=_run_rank, args=(rank, queue)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    assert sorted(queue.get() for _ in ranks) == [(0, 4), (1, 8)]
+
+
+def _run_rank(rank: int, queue: Any) -> None:
+    """A batch of `rank + 1` in one process of many, told apart by what its trace counts."""
+    wrapped = noesis.wrap(small(), layers="linear")
+    wrapped(torch.ones(rank + 1, 4))
+    queue.put((rank, int(wrapped.trace()["count"].item())))
+
+
+# ---------------------------------------------------------------- samples
+
+
+class TimeFirst(nn.Module):
+    """An LSTM that wants time first, in a model whose batch comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:  # x: (B, T, 4)
+        hidden, _ = self.lstm(x.transpose(0, 1))  # (T, B, 6)
+        return self.head(hidden[-1])
+
+
+def test_layers_without_the_batch_in_front_have_no_rows_per_sample() -> None:
+    wrapped = noesis.wrap(TimeFirst(), per_sample=True, layers="all")
+    wrapped(torch.randn(2, 5, 4))
+    trace = wrapped.trace()
+    assert trace["count"].tolist() == [[60, 4]]
+    assert [sample.soulprint().layers for sample in trace.samples] == [["head"], ["head"]]
+
+
+def test_a_multiple_of_the_batch_in_front_is_taken_for_the_batch() -> None:
+    model = TimeFirst()
+    wrapped = noesis.wrap(model, per_sample=True, layers="all")
+    x = torch.randn(2, 4, 4)  # 4 steps of time are a multiple of the batch of 2
+    wrapped(x)
+    first, second = (sample["mean"][0, 0] for sample in wrapped.trace().samples)
+    hidden = model.lstm(x.transpose(0, 1))[0]
+    assert first == pytest.approx(hidden[:2].mean().item(), rel=1e-5)  # half of the time, of both samples
+    assert second == pytest.approx(hidden[2:].mean().item(), rel=1e-5)
+
+
+# ---------------------------------------------------------------- tensors
+
+
+class Labelled(Tensor):
+    """A tensor subclass that computes in its own way, as DTensor does."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (lambda x: x.to_sparse(), "a tensor of layout torch.sparse_coo"),
+        (lambda x: torch.nested.nested_tensor([x], layout=torch.jagged), "a tensor of layout torch.jagged"),
+        (lambda x: x.long(), "no floating tensor"),
+        (lambda x: torch.complex(x, x), "no floating tensor"),
+        (lambda x: None, "no floating tensor"),
+        (lambda x: x.to("meta"), "a tensor without data of its own"),
+        (lambda x: x.as_subclass(Labelled), "a Labelled"),
+    ],
+)
+def test_tensors_that_cannot_be_measured_are_named(value: Callable[[Tensor], Any], reason: str) -> None:
+    trace = observed_once(value)
+    assert trace.unmeasured["0"].startswith(reason)
+    assert f"not measured: 0 ({reason}" in repr(trace)
+    assert trace.never_ran == []
+
+
+def test_inside_torch_func_nothing_is_measured() -> None:
+    model = small()
+    wrapped = noesis.wrap(model, layers="all")
+    torch.func.vmap(model)(torch.ones(3, 4))
+    trace = wrapped.trace()
+    assert len(trace) == 1
+    assert list(trace.unmeasured) == ["0", "1"]
+    assert "torch.func" in trace.unmeasured["0"]
+
+
+def test_one_tensor_of_an_output_is_measured() -> None:
+    value = {"mask": torch.ones(2) > 0, "first": torch.ones(2), "second": torch.zeros(2)}
+    assert observed_once(lambda _: value)["mean"].item() == 1.0
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy says so
+def test_rows_are_float32() -> None:
+    trace = observed_once(lambda x: x.double() * 1e39)
+    assert trace["max"].item() == float("inf")
+    assert trace["nonfinite"].item() == 0  # the output itself is finite
+
+
+# ---------------------------------------------------------------- the model changes
+
+
+def test_adapters_added_after_wrapping_are_left_out() -> None:
+    peft = pytest.importorskip("peft")
+    model, x = small(), torch.ones(1, 4)
+    wrapped = noesis.wrap(model, layers="linear")
+    base = model[0](x)
+    wrapped.reset()
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"], r=2), model)
+    nn.init.ones_(model[0].lora_B["default"].weight)
+    whole = model[0](x)
+    assert not torch.allclose(base, whole)
+    assert wrapped.trace()["mean"].item() == pytest.approx(base.mean().item())
+    wrapped.unwrap()
+    again = noesis.wrap(model, layers="linear")  # wrapped after the adapter: one layer, with it
+    again(x)
+    assert again.layers == ["0"]
+    assert again.trace()["mean"].item() == pytest.approx(whole.mean().item())
+
+
+def test_a_module_put_in_place_of_an_observed_one_is_not_observed() -> None:
+    model = small()
+    wrapped = noesis.wrap(model, layers="all")
+    model[0] = nn.Linear(4, 4)
+    wrapped(torch.ones(1, 4))
+    assert wrapped.trace().never_ran == ["0"]
+
+
+def test_a_class_given_after_wrapping_stays_at_unwrap() -> None:
+    model = small()
+    wrapped = noesis.wrap(model, layers="all")
+    nn.utils.parametrizations.weight_norm(model[0])
+    wrapped(torch.ones(1, 4))
+    assert wrapped.trace().calls.tolist() == [[1, 1]]  # observed all the same
+    given = type(model[0])
+    wrapped.unwrap()
+    assert type(model[0]) is given
+    assert type(model[1]) is nn.ReLU
+    model(torch.ones(1, 4))
+    assert wrapped.trace().calls.tolist() == [[1, 1]]  # and no longer
+    with pytest.raises(noesis.NoesisError, match=r"0 \(ParametrizedLinear\) cannot be observed"):
+        noesis.wrap(model, layers="all")
+
+
+def test_script_modules_and_lazy_modules_are_refused() -> None:
+    with pytest.warns(DeprecationWarning, match="jit"):
+        scripted = torch.jit.script(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"0 \(RecursiveScriptModule\) is a ScriptModule.*before scripting"):
+        noesis.wrap(nn.Sequential(scripted), layers="all")
+    with pytest.raises(RuntimeError, match=r"0 \(LazyLinear\) has no parameters yet.*Run the model once"):
+        noesis.wrap(nn.Sequential(nn.LazyLinear(2)), layers="all")
+
+
+# ---------------------------------------------------------------- compiled code
+
+
+@pytest.fixture
+def _fresh_dynamo() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_compiled_code_does_not_know_the_guidance_branch() -> None:
+    pytest.importorskip("diffusers")
+    from pipelines import build, call
+
+    branches = []
+    for compiled in (False, True):
+        pipe = build("pixart")
+        wrapped = noesis.wrap(pipe)
+        if compiled:
+            pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+        call("pixart", pipe, steps=2)
+        trace = wrapped.trace()
+        branches.append(trace.branches)
+        assert trace.timesteps.tolist() == [500.0, 0.0]
+    assert branches == [["uncond+cond"] * 2, [None] * 2]
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_the_inner_module_of_a_compiled_model_begins_no_step() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = small()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    calls = []
+    for wrap_the_inner in (True, False):
+        model = Net()
+        compiled = torch.compile(model, backend="eager")
+        wrapped = noesis.wrap(model if wrap_the_inner else compiled, layers="linear")
+        compiled(torch.ones(1, 4))
+        compiled(torch.ones(1, 4))
+        calls.append(wrapped.trace().calls.tolist())
+    assert calls == [[[2]], [[1], [1]]]
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_checkpointing_around_compiled_layers_counts_the_recomputation() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = small()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.block, x, use_reentrant=False)
+
+    def train(model: nn.Module) -> noesis.Trace:
+        wrapped = noesis.wrap(model, layers="linear")
+        for scale in (1.0, 2.0):
+            wrapped(scale * torch.ones(1, 4)).sum().backward()
+        return wrapped.trace()
+
+    eager, one_by_one, whole = Checkpointed(), Checkpointed(), Checkpointed()
+    one_by_one.block.compile(backend="aot_eager")
+    expected, trace = train(eager), train(one_by_one)
+    assert trace.calls.tolist() == [[1], [2], [1]]  # each recomputation is a call in the step after it
+    first, second = expected["mean"].ravel()
+    assert trace["mean"].ravel() == pytest.approx([first, (first + second) / 2, second])
+    trace = train(torch.compile(whole, backend="aot_eager"))
+    assert trace.calls.tolist() == expected.calls.tolist() == [[1], [1]]
+
+
+# ---------------------------------------------------------------- the table
+
+
+def rows_of_the_page() -> list[tuple[str, str]]:
+    """(limitation, test) of every row of the table in docs/limitations.md."""
+    lines = (ROOT / "docs" / "limitations.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines if line.startswith("| ")]
+    assert rows[0] == ["limitation", "what happens", "test"]
+    return [(limitation, test) for limitation, _, test in rows[1:]]
+
+
+def names_of_tests(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+
+
+def test_every_row_names_its_test_and_every_test_its_row() -> None:
+    named: Counter[tuple[str, str]] = Counter()
+    for limitation, test in rows_of_the_page():
+        if test.startswith("not tested: "):
+            assert len(test) > len("not tested: "), limitation
+            continue
+        found = re.fullmatch(r"`(?:tests/(test_\w+\.py)::)?(test_\w+)`", test)
+        assert found, f"{limitation}: {test}"
+        named[found[1] or Path(__file__).name, found[2]] += 1
+    for file, name in named:
+        assert name in names_of_tests(Path(__file__).with_name(file)), f"{file} has no {name}"
+    here = names_of_tests(Path(__file__)) - {"test_every_row_names_its_test_and_every_test_its_row"}
+    assert Counter(dict.fromkeys(here, 1)) == Counter(
+        {name: count for (file, name), count in named.items() if file == Path(__file__).name}
+    )

@@ -1,0 +1,391 @@
+"""Pictures: real files of the right kind, names drawn as they are, legible at any size."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import threading
+import warnings
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib import colormaps, rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm, to_hex
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+import noesis
+from noesis import plots
+from noesis.errors import BadValue, MissingExtra
+
+#: What formulas, formats, legends and fonts are made to trip over.
+AWKWARD = ["$x_1$", "_head", "100%s {} \\frac{1}{0}", "a\nb\tc", "ä.漢字.☃", "$", ""]
+
+
+def soulprint(names: list[str], seed: int = 0, **meta: Any) -> noesis.Soulprint:
+    rng = np.random.default_rng(seed)
+    return noesis.Soulprint(rng.normal(size=len(names)), np.exp(rng.normal(size=len(names))), names, meta=meta)
+
+
+def rows_of(names: list[str], *, judged: bool) -> list[Any]:
+    a = soulprint(names)
+    rng = np.random.default_rng(1)
+    b = noesis.Soulprint(a.means + 0.01 * rng.normal(size=len(names)), a.stds, names)
+    b.means[1] += 3
+    baseline = [noesis.Soulprint(a.means + 0.01 * rng.normal(size=len(names)), a.stds, names) for _ in range(8)]
+    return noesis.compare(a, b, baseline=baseline if judged else None).rows
+
+
+def many(count: int) -> list[str]:
+    return [
+        f"down_blocks.{i // 100}.attentions.{i // 10 % 10}.transformer_blocks.{i % 10}.attn1.to_q" for i in range(count)
+    ]
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    canvas = FigureCanvasAgg(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # matplotlib's own, when a user draws
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
+
+
+def row_labels(figure: Figure) -> list[str]:
+    return [label.get_text() for label in figure.axes[0].get_yticklabels()]
+
+
+def draw(kind: str, names: list[str], path: Path | None = None) -> Figure:
+    """Each of the public pictures, over the given layers."""
+    if kind == "heat_map":
+        return plots.heat_map(np.outer(np.arange(len(names)), [1.0, 2.0, 3.0]), names, range(3), title="t", path=path)
+    if kind == "bars":
+        return plots.bars([soulprint(names), soulprint(names, 1)], path=path)
+    return plots.effects(rows_of(names, judged=True), path=path)
+
+
+KINDS = pytest.mark.parametrize("kind", ["heat_map", "bars", "effects"])
+
+
+# ---------------------------------------------------------------- files
+
+
+@KINDS
+def test_png_is_a_picture(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "p.png"
+    figure = draw(kind, ["a", "b", "c"], path)
+    image = imread(path)
+    width, height = figure.get_size_inches() * figure.dpi
+    assert image.shape[:2] == (round(height), round(width))
+    assert image.std() > 0.05, "blank"
+    assert list(path.parent.iterdir()) == [path], "a temporary file stayed"
+
+
+@KINDS
+def test_svg_and_pdf(kind: str, tmp_path: Path) -> None:
+    draw(kind, ["a", "b", "c"], tmp_path / "p.svg")
+    assert ET.parse(tmp_path / "p.svg").getroot().tag.endswith("}svg")
+    draw(kind, ["a", "b", "c"], tmp_path / "p.PDF")
+    assert (tmp_path / "p.PDF").read_bytes().startswith(b"%PDF-")
+
+
+@KINDS
+@pytest.mark.parametrize("name", ["p.jpg", "p", "p.svgz"])
+def test_unknown_suffix(kind: str, name: str, tmp_path: Path) -> None:
+    with pytest.raises(BadValue, match=r"suffix '.*'\. Expected \.png, \.svg, \.pdf\. Rename the file"):
+        draw(kind, ["a", "b", "c"], tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@KINDS
+def test_a_failed_write_leaves_the_old_file(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "p.png"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        draw(kind, ["a", "b", "c"], path)
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("p.png", b"old")]
+
+
+# ---------------------------------------------------------------- names are data
+
+
+@KINDS
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_awkward_names(kind: str, suffix: str, tmp_path: Path) -> None:
+    figure = draw(kind, AWKWARD, tmp_path / f"p.{suffix}")
+    assert sorted(row_labels(figure)) == sorted([*AWKWARD[:3], "a·b·c", *AWKWARD[4:]])
+
+
+def test_names_are_no_formulas(tmp_path: Path) -> None:
+    with rc_context({"svg.fonttype": "none"}):  # text as text, so that it can be read
+        draw("bars", AWKWARD, tmp_path / "p.svg")
+    written = {"".join(each.itertext()).strip() for each in ET.parse(tmp_path / "p.svg").getroot().iter()}
+    assert {"$x_1$", "_head", "100%s {} \\frac{1}{0}", "$"} <= written
+
+
+def test_awkward_titles_columns_and_runs() -> None:
+    figure = plots.heat_map(np.ones((1, 7)), ["a"], AWKWARD, title="$\\broken{$ and _ 100%")
+    pixels(figure)
+    assert figure.axes[0].get_title(loc="left") == "$\\broken{$ and _ 100%"
+    assert "$x_1$" in [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    figure = plots.bars([soulprint(["x"], run="_first $"), soulprint(["x"], run="$\\second{$")])
+    pixels(figure)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a: _first $", "b: $\\second{$"]
+
+
+def test_a_long_name_keeps_its_numbers_and_its_end() -> None:
+    assert plots.shortened("blocks.3.mlp") == "blocks.3.mlp"
+    names = many(400)
+    assert len({plots.shortened(name) for name in names}) == 400
+    assert max(len(plots.shortened(name)) for name in names) <= plots.LONGEST_LABEL
+    assert plots.shortened("x" * 50, 21) == "x" * 10 + "…" + "x" * 10
+    assert plots.shortened(".".join("abcd" * 20), 21) == "a.b.c.d.a.….c.d.a.b.c.d"[:10] + "…" + ".b.c.d.a.b.c.d"[-10:]
+
+
+# ---------------------------------------------------------------- legible at any size
+
+
+@KINDS
+@pytest.mark.parametrize("count", [1, 4, 60, 61, 400])
+def test_labels_do_not_overlap(kind: str, count: int) -> None:
+    figure = draw(kind, many(max(count, 2)))
+    pixels(figure)  # places the labels
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    boxes.sort(key=lambda box: box.y0)
+    assert len(boxes) >= min(count, 40), "too few labels"
+    assert all(below.y1 <= above.y0 + 1 for below, above in itertools.pairwise(boxes))
+    assert min(box.x0 for box in boxes) >= 0, "a label is cut off"
+    width, height = figure.get_size_inches()
+    assert width <= 13
+    assert height <= plots.TALLEST
+
+
+@pytest.mark.parametrize("columns", [list(range(2000)), [f"token number {i}" for i in range(120)]])
+def test_column_labels_do_not_overlap(columns: list[Any]) -> None:
+    figure = plots.heat_map(np.ones((3, len(columns))), ["a", "b", "c"], columns, title="t")
+    pixels(figure)
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+    assert len(boxes) >= 8
+    assert all(left.x1 <= right.x0 + 1 for left, right in itertools.pairwise(boxes))
+    assert min(box.y0 for box in boxes) >= 0, "a label is cut off"
+
+
+def test_thinned() -> None:
+    assert plots.thinned(7, 7) == list(range(7))
+    assert plots.thinned(400, 99) == list(range(0, 400, 5))
+    assert plots.thinned(3, 0) == [0]
+
+
+# ---------------------------------------------------------------- heat maps
+
+
+def colour_of(figure: Figure, value: float) -> str:
+    image = figure.axes[0].images[0]
+    return to_hex(image.cmap(image.norm(np.ma.masked_invalid([value])))[0])
+
+
+def test_what_has_no_value_is_grey_and_said_so() -> None:
+    table = np.array([[1.0, np.nan], [np.inf, 2.0]])
+    figure = plots.heat_map(table, ["a", "b"], [0, 1], title="t")
+    assert figure.axes[0].images[0].get_array().mask.tolist() == [[False, True], [True, False]]
+    assert colour_of(figure, np.nan) == plots.MISSING
+    assert figure.axes[0].get_title(loc="right") == "grey: no value"
+    grey = [int(plots.MISSING[at : at + 2], 16) for at in (1, 3, 5)]
+    assert (pixels(figure)[..., :3] == grey).all(-1).mean() > 0.2, "no grey area was drawn"
+    assert plots.heat_map(np.ones((1, 1)), ["a"], [0], title="t").axes[0].get_title(loc="right") == ""
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (20, 30)])
+def test_an_outlier_does_not_hide_the_rest(shape: tuple[int, int]) -> None:
+    table = np.linspace(1, 2, shape[0] * shape[1]).reshape(shape)
+    table[3, 3] = 50
+    figure = plots.heat_map(table, range(shape[0]), range(shape[1]), title="t")
+    low, high = figure.axes[0].images[0].get_clim()
+    assert 0.9 < low < 1.1
+    assert 1.9 < high < 2.1
+    assert figure.axes[0].images[0].colorbar.extend == "max"
+
+
+def test_without_outliers_nothing_is_cut_off() -> None:
+    table = np.random.default_rng(0).uniform(1, 2, (4, 5))
+    image = plots.heat_map(table, range(4), range(5), title="t").axes[0].images[0]
+    assert image.get_clim() == (table.min(), table.max())
+    assert image.colorbar.extend == "neither"
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_signs_have_a_white_middle(sign: float) -> None:
+    figure = plots.heat_map([[-1.0 * sign, 0.0, 3.0 * sign]], ["a"], range(3), title="t")
+    assert figure.axes[0].images[0].get_clim() == (-3.0, 3.0)
+    assert colour_of(figure, 0.0) == to_hex(colormaps["RdBu_r"](0.5))
+
+
+def test_powers_of_ten() -> None:
+    image = plots.heat_map([[1.0, 10.0, 1000.0]], ["a"], range(3), title="t").axes[0].images[0]
+    assert isinstance(image.norm, LogNorm)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -2.0, 1e-300, 1e300, np.nan])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7)])
+def test_a_constant_table(value: float, shape: tuple[int, int]) -> None:
+    pixels(plots.heat_map(np.full(shape, value), range(shape[0]), range(shape[1]), title="t"))
+
+
+def test_a_trace_plots_layers_by_steps(tmp_path: Path) -> None:
+    import torch
+
+    wrapped = noesis.wrap(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU()), layers="all")
+    for _ in range(3):
+        wrapped(torch.randn(2, 3))
+    figure = wrapped.trace().plot("mean", path=tmp_path / "t.png")
+    assert row_labels(figure) == ["0", "1"]
+    assert np.array_equal(figure.axes[0].images[0].get_array(), wrapped.trace()["mean"].T)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((0, 3), r"shape \(0, 3\)\. Expected \[rows, columns\]"),
+        ((2, 0), r"shape \(2, 0\)\. Expected \[rows, columns\]"),
+        ((2,), r"shape \(2,\)\. Expected \[rows, columns\]"),
+        ((2, 2), r"shape \(2, 2\) with 2 row and 3 column labels\. Expected one label each"),
+        ((3, 3), r"shape \(3, 3\) with 2 row and 3 column labels\. Expected one label each"),
+    ],
+)
+def test_bad_tables(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(BadValue, match=message):
+        plots.heat_map(np.ones(shape), ["a", "b"], [0, 1, 2], title="t")
+
+
+# ---------------------------------------------------------------- bars
+
+
+@pytest.mark.parametrize("extra", [0, 100])
+def test_two_runs_are_matched_by_name(extra: int) -> None:
+    more = [f"more.{i}" for i in range(extra)]
+    a = noesis.Soulprint([1.0, 2.0, *[0.0] * extra], [1.0, 1.0, *[1.0] * extra], ["x", "y", *more])
+    b = noesis.Soulprint([20.0, 30.0, *[0.0] * extra], [1.0, 1.0, *[1.0] * extra], ["y", "z", *more])
+    axes = plots.bars([a, b]).axes[0]
+    names = ["x", "y", *more, "z"]
+    first = {round(bar.get_y() + bar.get_height() / 2): bar.get_width() for bar in axes.patches[: len(names)]}
+    if extra:  # drawn as marks
+        second = {round(marks[:, 1].mean()): marks[0, 0] for marks in axes.collections[0].get_segments() if len(marks)}
+    else:
+        second = {round(bar.get_y() + bar.get_height() / 2): bar.get_width() for bar in axes.patches[len(names) :]}
+    at = {name: place for place, name in enumerate(names)}
+    assert (first[at["x"]], first[at["y"]]) == (1.0, 2.0)
+    assert (second[at["y"]], second[at["z"]]) == (20.0, 30.0)
+    assert np.isnan(first[at["z"]])
+    assert np.isnan(second.get(at["x"], np.nan))
+
+
+def test_one_run_has_no_legend() -> None:
+    assert not plots.bars([soulprint(["a", "b"])]).legends
+
+
+def test_runs_without_names_are_a_and_b() -> None:
+    figure = plots.bars([soulprint(["x"], run="same"), soulprint(["x"], run="same")])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+
+
+def test_a_few_giants_do_not_hide_the_rest() -> None:
+    small, giant = [1.0, 1.1, 0.9, 1.2], [1.0, 1.1, 0.9, 5000.0]
+    names = ["a", "b", "c", "d"]
+    figure = plots.bars([noesis.Soulprint(small, giant, names)])
+    assert [axes.get_xscale() for axes in figure.axes] == ["linear", "symlog"]
+
+
+def test_what_is_not_finite_has_no_bar() -> None:
+    pixels(plots.bars([noesis.Soulprint([np.nan, 1.0], [np.inf, 1.0], ["a", "b"])]))
+    pixels(plots.bars([noesis.Soulprint([np.nan], [np.nan], ["a"])] * 2))
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_bars_of_one_or_two(count: int) -> None:
+    with pytest.raises(BadValue, match=f"{count} soulprints. Expected one or two"):
+        plots.bars([soulprint(["a"])] * count)
+    with pytest.raises(BadValue, match=r"no layers. Expected at least one"):
+        plots.bars([soulprint([])])
+
+
+@pytest.mark.data
+def test_real_soulprints(data: Path) -> None:
+    a, b = (noesis.Soulprint.load(data / "noesis_v01" / run / "soulprint.json") for run in ("run_a", "run_b"))
+    assert pixels(a.plot(b)).std() > 1
+
+
+# ---------------------------------------------------------------- effects
+
+
+def bar_colours(figure: Figure) -> list[str]:
+    return [to_hex(bar.get_facecolor()) for bar in figure.axes[0].patches]
+
+
+def test_changed_layers_stand_out() -> None:
+    rows = rows_of(["a", "b", "c", "d"], judged=True)
+    figure = plots.effects(rows)
+    assert row_labels(figure)[0] == "b"
+    assert bar_colours(figure) == [plots.LOUD, *[plots.QUIET] * 3]
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [row.effect for row in rows]
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["changed", "within the noise of the baseline"]
+    bottom, top = figure.axes[0].get_ylim()
+    assert bottom > top, "the most changed layer is on top"
+
+
+def test_without_a_baseline_nothing_is_called_changed() -> None:
+    figure = plots.effects(rows_of(["a", "b", "c"], judged=False))
+    assert set(bar_colours(figure)) == {plots.FIRST}
+    assert figure.axes[0].get_legend() is None
+
+
+def test_equal_runs_have_empty_bars() -> None:
+    a = soulprint(["x", "y"])
+    pixels(plots.effects(noesis.compare(a, a).rows))
+    with pytest.raises(BadValue, match="no rows"):
+        plots.effects([])
+
+
+# ---------------------------------------------------------------- no global state
+
+
+def test_pyplot_is_not_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys, numpy as np, matplotlib\n"
+        "before = matplotlib.rcParams.copy()  # dict() would choose a backend, with pyplot\n"
+        "from noesis import plots\n"
+        f"plots.heat_map(np.ones((2, 2)), 'ab', 'cd', title='t', path={str(tmp_path / 'p.png')!r})\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+        "assert matplotlib.rcParams.copy() == before\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+
+
+def test_the_style_of_the_session_changes_no_names_and_no_colours() -> None:
+    plain = draw("effects", ["a", "$b$", "_c"])
+    with rc_context({"axes.facecolor": "black", "figure.facecolor": "black", "axes.grid": True, "text.color": "white"}):
+        styled = draw("effects", ["a", "$b$", "_c"])
+        assert np.array_equal(pixels(plain), pixels(styled))
+
+
+def test_drawing_in_threads() -> None:
+    drawn: list[int] = []
+    threads = [threading.Thread(target=lambda: drawn.append(pixels(draw("bars", ["a", "b"])).size)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(drawn)) == 1
+    assert len(drawn) == 4
+
+
+def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtra, match=r"plots needs .*'matplotlib'.*the extra 'viz'.*noesis\[viz\]"):
+        plots.bars([soulprint(["a"])])
