@@ -142,7 +142,7 @@ def test_help_is_instant_and_needs_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "first", ["", "import noesis.capture as m", "from noesis.tokens import align", "import noesis; noesis.Trace"]
+    "first", ["", "import noesis.capture as m", "from noesis.tokens import token_deltas", "import noesis; noesis.Trace"]
 )
 def test_capture_is_the_function_whatever_was_imported_before(first: str) -> None:
     done = fresh(

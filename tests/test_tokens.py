@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import noesis
+from noesis.alignment import align
 from noesis.capture import Activations, capture
 from noesis.errors import BadFile, BadType, BadValue, MissingFile
-from noesis.tokens import NOISE, TokenDeltas, align, cosine_delta, token_deltas
+from noesis.tokens import NOISE, TokenDeltas, cosine_delta, token_deltas
 
 BEFORE = "Once upon a time, there was a little girl named Lily. She loved the big dog."
 CHANGED = "Once upon a time, there was a little boy named Lily. She loved the big dog."

@@ -25,7 +25,7 @@ from ._version import __version__
 from .errors import BadFile, BadType, BadValue, TooLarge, WrongState
 from .outputs import hidden_state, stream_index
 from .selecting import Layers, select
-from .tables import table
+from .tables import counted, table
 from .wrapping import resolve
 
 KIND = "activations"
@@ -191,7 +191,7 @@ class Activations(Mapping[str, list[Tensor]]):
 
     def __repr__(self) -> str:
         count = sum(len(calls) for calls in self._calls.values())
-        head = f"Activations of {_count(len(self), 'layer')}, {_count(count, 'call')}, {_size(self.nbytes)}"
+        head = f"Activations of {counted(len(self), 'layer')}, {counted(count, 'call')}, {_size(self.nbytes)}"
         rows = [[name, _shapes(calls), _dtypes(calls)] for name, calls in self._calls.items() if calls]
         lines = [head, *([table(["layer", "calls", "dtype"], rows)] if rows else [])]
         if self.never_ran:
@@ -303,7 +303,7 @@ def _positive(max_bytes: Any) -> int:
 def _check(acts: Activations) -> None:
     if len(acts.never_ran) == len(acts):
         raise WrongState(
-            f"None of the {_count(len(acts), 'selected layer')} ran inside the with block",
+            f"None of the {counted(len(acts), 'selected layer')} ran inside the with block",
             "a forward of the model while capturing",
             "Run the model inside the block; if it did run, it was compiled before: enter capture before the first run "
             "of a torch.compile'd model, or capture the uncompiled one",
@@ -363,10 +363,6 @@ def _shapes(calls: Sequence[Tensor]) -> str:
 
 def _dtypes(calls: Sequence[Tensor]) -> str:
     return ", ".join(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in calls))
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _size(nbytes: int) -> str:

@@ -22,7 +22,7 @@ from .errors import BadFile, WrongState
 from .kernels.routing import ENTROPY, FIELDS, MEASURED, NEIGHBOURS, SWITCHES, TOKENS, UNIT, RouteBank
 from .kernels.stepping import FORWARDS, NUMBER, OBSERVED
 from .selecting import PRESETS, is_linear, router_declarations
-from .tables import table
+from .tables import counted, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -411,7 +411,7 @@ class Routes(Routing):
     def __repr__(self) -> str:
         totals, load = self.totals, self.totals.expert_load
         experts = " to ".join(str(number) for number in sorted({int(self.experts.min()), int(self.experts.max())}))
-        head = f"Routes of {_count(len(self), 'step')} x {_count(len(self.layers), 'router')}, {experts} experts each"
+        head = f"Routes of {counted(len(self), 'step')} x {counted(len(self.layers), 'router')}, {experts} experts each"
         if self.dropped_steps:
             head += f" ({self.dropped_steps} earlier steps are in the totals only)"
         lines = []
@@ -447,7 +447,3 @@ def _integers(values: Any) -> Ints:
     if array.dtype.kind not in "iu":
         raise TypeError(f"numbers of type {array.dtype}, expected whole ones")
     return array.astype(np.int64)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")

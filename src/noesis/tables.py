@@ -31,3 +31,14 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]], most: int = MOS
         ).rstrip()
         for row in [list(header), *shown]
     )
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun, in the plural unless there is one.
+
+    Example:
+        >>> from noesis.tables import counted
+        >>> counted(1, "step"), counted(3, "step")
+        ('1 step', '3 steps')
+    """
+    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from . import files
+from .alignment import Token, align
 from .errors import BadFile, BadType, BadValue
-from .tables import table
+from .tables import counted, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +29,6 @@ _ROWS_SHOWN = 12
 #: Mean deltas below this are rounding, whatever the dtype.
 NOISE = 1e-6
 
-Token = str | int
 Floats = NDArray[np.float64]
 
 
@@ -167,7 +167,7 @@ class TokenDeltas:
 
     def __repr__(self) -> str:
         lines = [
-            f"TokenDeltas of {_count(len(self.positions_a), 'aligned token')} x {_count(len(self.layers), 'layer')}"
+            f"TokenDeltas of {counted(len(self.positions_a), 'aligned token')} x {counted(len(self.layers), 'layer')}"
         ]
         for run, unpaired in (("a", self.tokens_only_in_a), ("b", self.tokens_only_in_b)):
             if unpaired:
@@ -179,7 +179,7 @@ class TokenDeltas:
             where = "at {} in a, {} in b, layer {}".format(*nonfinite[0])
             lines.append(f"not finite: {len(nonfinite)} of {self.values.size} deltas, first {where}")
         divergent = self.divergent
-        lines.append(f"{_count(len(divergent), 'divergent token')} (mean 1 - cosine above {self.threshold:.3g})")
+        lines.append(f"{counted(len(divergent), 'divergent token')} (mean 1 - cosine above {self.threshold:.3g})")
         if divergent:
             rows = [
                 [repr(one.token), str(one.position_a), str(one.position_b), f"{one.delta:.3g}", one.layer]
@@ -312,30 +312,6 @@ def token_deltas(
     )
 
 
-def align(a: Sequence[Token], b: Sequence[Token]) -> tuple[list[int], list[int]]:
-    """Positions of a longest common subsequence of `a` and `b`.
-
-    Exact, by dynamic programming, in `len(a) * len(b)` bits once the common beginning and end are taken off.
-    Of several longest ones: the common beginning first, then the common end; between them each pair, from the
-    last one back, as early as possible in `b`, then in `a`.
-
-    Example:
-        >>> from noesis.tokens import align
-        >>> align(["a", "cat", "sat"], ["a", "big", "cat", "sat"])
-        ([0, 1, 2], [0, 2, 3])
-    """
-    codes: dict[Token, int] = {}
-    x, y = (np.array([codes.setdefault(token, len(codes)) for token in tokens], np.int64) for tokens in (a, b))
-    shortest = min(len(x), len(y))
-    head = _common(x[:shortest], y[:shortest])
-    tail = _common(x[head:][::-1][: shortest - head], y[head:][::-1][: shortest - head])
-    middle_a, middle_b = _subsequence(x[head : len(x) - tail], y[head : len(y) - tail])
-    return (
-        [*range(head), *(head + i for i in middle_a), *range(len(x) - tail, len(x))],
-        [*range(head), *(head + j for j in middle_b), *range(len(y) - tail, len(y))],
-    )
-
-
 def cosine_delta(x: Floats, y: Floats) -> Floats:
     """1 - cosine of the rows of two float64 arrays `[n, width]`, in [0, 2]; NaN where one is not finite.
 
@@ -360,44 +336,6 @@ def _unit(rows: Floats) -> Floats:
     norm = np.sqrt(np.square(rows).sum(axis=1, keepdims=True))
     unit: Floats = np.divide(rows, norm, out=np.zeros_like(rows), where=norm > 0)
     return unit
-
-
-def _common(x: NDArray[np.int64], y: NDArray[np.int64]) -> int:
-    """How many elements from the start are equal."""
-    different = np.flatnonzero(x != y)
-    return int(different[0]) if different.size else len(x)
-
-
-def _subsequence(x: NDArray[np.int64], y: NDArray[np.int64]) -> tuple[list[int], list[int]]:
-    """A longest common subsequence as positions, early ones where there is a choice.
-
-    With L[i, j] the length for the first i and j elements, each row of L is a running maximum, and grows by 0 or 1
-    from j - 1 to j: the bits of this growth are all that the way back needs.
-    """
-    n, m = len(x), len(y)
-    if not n or not m:
-        return [], []
-    grows = np.zeros((n + 1, (m + 7) // 8), dtype=np.uint8)
-    row = np.zeros(m + 1, dtype=np.int64)
-    for i in range(1, n + 1):
-        row[1:] = np.maximum.accumulate(np.maximum(row[1:], row[:-1] + (y == x[i - 1])))
-        grows[i] = np.packbits(row[1:] > row[:-1])
-
-    def grew(i: int, j: int) -> bool:
-        return bool(grows[i, (j - 1) >> 3] >> (7 - ((j - 1) & 7)) & 1)
-
-    pairs: list[tuple[int, int]] = []
-    i, j = n, m
-    while i and j:
-        if not grew(i, j):  # L[i, j] = L[i, j - 1]
-            j -= 1
-        elif grew(i - 1, j):  # L[i, j] = L[i - 1, j]: the lengths are one ahead of L[i - 1, j - 1] in both
-            i -= 1
-        else:  # neither: element i pairs with element j
-            i, j = i - 1, j - 1
-            pairs.append((i, j))
-    pairs.reverse()
-    return [i for i, _ in pairs], [j for _, j in pairs]
 
 
 def _default_threshold(scores: Floats, noise: float) -> float:
@@ -467,10 +405,6 @@ def _unpaired(tokens: list[Token], positions: list[int]) -> list[tuple[int, Toke
     return [(position, token) for position, token in enumerate(tokens) if position not in paired]
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:6]) + (f", ... ({len(names)})" if len(names) > 6 else "") if names else "none"
 
@@ -507,7 +441,7 @@ def _heat_map(deltas: TokenDeltas) -> Figure:
     for row in np.flatnonzero(gaps).tolist():
         axes.axvline(row + 0.5, color=MISSING, linestyle="--", linewidth=1)
     axes.set_title(
-        f"{len(divergent)} of {_count(count, 'token')} above {deltas.threshold:.3g}", loc="left", fontsize=10
+        f"{len(divergent)} of {counted(count, 'token')} above {deltas.threshold:.3g}", loc="left", fontsize=10
     )
     if deltas.nonfinite:
         axes.set_title("red: not finite", loc="right", fontsize=8)

@@ -15,7 +15,7 @@ from . import files, v01
 from .errors import BadFile, BadValue, MissingFile, WrongState
 from .kernels import rows
 from .soulprint import Soulprint
-from .tables import table
+from .tables import counted, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -366,11 +366,11 @@ class Trace:
         return heat_map(self[stat].T, self.layers, self.steps.tolist(), title=f"{stat} by layer and step", path=path)
 
     def __repr__(self) -> str:
-        head = f"Trace of {_count(len(self), 'step')} x {_count(len(self.layers), 'layer')} x {len(self.stats)} stats"
+        head = f"Trace of {counted(len(self), 'step')} x {counted(len(self.layers), 'layer')} x {len(self.stats)} stats"
         if self.dropped_steps:
             head += f" ({self.dropped_steps} earlier steps are in the totals only)"
         if self.samples:
-            head += f", {_count(len(self.samples), 'sample')}"
+            head += f", {counted(len(self.samples), 'sample')}"
         shown = [name for name in self.stats if name != "count"]
         columns = [self.stats.index(name) for name in shown]
         lines = [
@@ -426,10 +426,6 @@ def _broken(path: Path, error: Exception) -> BadFile:
         "a file written by Trace.save",
         "It may be truncated or edited; write it again",
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _span(steps: Ints) -> str:
