@@ -8,6 +8,7 @@ for CUDA goes here.
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,14 @@ from .rows import BASE, CALLS, COUNTS, FIELDS, ORDER
 from .stepping import ACTIVE, SEQUENCE, SLOT
 
 #: Elements measured at a time on the CPU: large enough for the threads, small enough for the cache.
-BLOCK = 1 << 18
+BLOCK = 1 << 19
 #: Elements measured at a time by the reference, which bounds its scratch memory.
 CHUNK = 1 << 22
 #: Shorter samples than this are measured together, longer ones one by one.
 SHORT = 1 << 12
 #: Below this, squares in float32 lose digits to underflow.
 _TINY = 1e-30
+_BUFFERS = threading.local()
 
 
 # ---------------------------------------------------------------- reference
@@ -175,7 +177,7 @@ def _blocks(x: Tensor) -> list[Tensor]:
 
 def _measure_block(x: Tensor, count_zeros: bool) -> tuple[float, ...]:
     if x.dtype not in (torch.float32, torch.float64):
-        x = x.float()
+        x = _scratch(1, x).copy_(x)
     size = x.numel()
     high, low = x.amax().item(), x.amin().item()  # a NaN anywhere makes both NaN
     if not (math.isfinite(high) and math.isfinite(low)):
@@ -188,7 +190,7 @@ def _measure_block(x: Tensor, count_zeros: bool) -> tuple[float, ...]:
     if low >= 0 or high <= 0:
         absolute, squares = abs(total), torch.dot(x, x).item()
     else:
-        magnitude = x.abs()
+        magnitude = torch.abs(x, out=_scratch(0, x))
         absolute, squares = magnitude.sum().item(), torch.dot(magnitude, magnitude).item()
     if not (_TINY < squares < math.inf and math.isfinite(total)) and x.dtype != torch.float64 and low < high:
         return _measure_block(x.double(), count_zeros)  # the squares leave float32, the values do not
@@ -197,12 +199,23 @@ def _measure_block(x: Tensor, count_zeros: bool) -> tuple[float, ...]:
     # Squares about zero are sums shifted by the pivot 0. That pivot is as good as the mean while
     # the mean is within two standard deviations of it; otherwise the block is read once more.
     if not variance * 4 > mean * mean:
-        centred = x - mean
+        centred = torch.sub(x, mean, out=_scratch(0, x))
         shift = centred.sum().item() / size
         variance = max(torch.dot(centred, centred).item() / size - shift * shift, 0.0)
         mean += shift
     zeros = float(size - torch.count_nonzero(x).item()) if count_zeros else 0.0
     return (float(size), 0.0, zeros, mean, math.sqrt(variance), absolute / size, low, high, 0.0, 0.0)
+
+
+def _scratch(which: int, x: Tensor) -> Tensor:
+    """Room for a block like `x`, the same at every call: fresh memory costs more than the arithmetic."""
+    if x.dtype == torch.float64:
+        return torch.empty_like(x)
+    if not hasattr(_BUFFERS, "pair"):  # one pair per thread
+        with torch.inference_mode(False):  # whoever calls first; an inference tensor could not be reused
+            _BUFFERS.pair = torch.empty(2, BLOCK)
+    pair: Tensor = _BUFFERS.pair
+    return pair[which, : x.numel()]
 
 
 def _storage_order(x: Tensor) -> Tensor:
