@@ -10,6 +10,7 @@ import torch
 import torch._dynamo
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 import noesis
 
@@ -138,3 +139,32 @@ def test_export():
     x = torch.randn(4, 8)
     program = torch.export.export(wrapped.model, (x,))
     assert torch.equal(program.module()(x), wrapped(x))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # from Dynamo itself
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("how", ["layer by layer", "as a whole"])
+def test_recompute_under_checkpointing_is_no_call(how, reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = small()
+
+        def forward(self, x):
+            return checkpoint(self.block, x, use_reentrant=reentrant)
+
+    def train(model: nn.Module) -> noesis.Trace:
+        wrapped = noesis.wrap(model, layers="linear")
+        for scale in (1.0, 2.0):
+            x = torch.full((1, 8), scale, requires_grad=True)
+            wrapped(x).sum().backward()
+        return wrapped.trace()
+
+    model = Checkpointed()
+    if how == "layer by layer":
+        model.block.compile(backend="aot_eager")
+    else:
+        model = torch.compile(model, backend="aot_eager")
+    expected, trace = train(Checkpointed()), train(model)
+    np.testing.assert_array_equal(trace.calls, expected.calls)
+    np.testing.assert_allclose(trace.values, expected.values, rtol=1e-6, atol=1e-7)

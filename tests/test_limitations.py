@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch._dynamo
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import noesis
 
@@ -256,7 +255,7 @@ class Labelled(Tensor):
     ("value", "reason"),
     [
         (lambda x: x.to_sparse(), "a tensor of layout torch.sparse_coo"),
-        (lambda x: torch.nested.nested_tensor([x], layout=torch.jagged), "a tensor of layout torch.jagged"),
+        (lambda x: torch.nested.nested_tensor([x], layout=torch.jagged), "a nested tensor"),
         (lambda x: x.long(), "no floating tensor"),
         (lambda x: torch.complex(x, x), "no floating tensor"),
         (lambda x: None, "no floating tensor"),
@@ -306,7 +305,9 @@ def test_adapters_added_after_wrapping_are_left_out() -> None:
     nn.init.ones_(model[0].lora_B["default"].weight)
     whole = model[0](x)
     assert not torch.allclose(base, whole)
-    assert wrapped.trace()["mean"].item() == pytest.approx(base.mean().item())
+    trace = wrapped.trace()
+    assert trace["mean"].item() == pytest.approx(base.mean().item())
+    assert trace.unmeasured["0"].startswith("another module took its place after wrapping")
     wrapped.unwrap()
     again = noesis.wrap(model, layers="linear")  # wrapped after the adapter: one layer, with it
     again(x)
@@ -319,7 +320,7 @@ def test_a_module_put_in_place_of_an_observed_one_is_not_observed() -> None:
     wrapped = noesis.wrap(model, layers="all")
     model[0] = nn.Linear(4, 4)
     wrapped(torch.ones(1, 4))
-    assert wrapped.trace().never_ran == ["0"]
+    assert "not measured: 0 (another module took its place after wrapping" in repr(wrapped.trace())
 
 
 def test_a_class_given_after_wrapping_stays_at_unwrap() -> None:
@@ -334,8 +335,9 @@ def test_a_class_given_after_wrapping_stays_at_unwrap() -> None:
     assert type(model[1]) is nn.ReLU
     model(torch.ones(1, 4))
     assert wrapped.trace().calls.tolist() == [[1, 1]]  # and no longer
-    with pytest.raises(noesis.NoesisError, match=r"0 \(ParametrizedLinear\) cannot be observed"):
-        noesis.wrap(model, layers="all")
+    again = noesis.wrap(model, layers="all")
+    model(torch.ones(1, 4))
+    assert again.trace().calls.tolist() == [[1, 1]]
 
 
 def test_script_modules_and_lazy_modules_are_refused() -> None:
@@ -394,32 +396,6 @@ def test_the_inner_module_of_a_compiled_model_begins_no_step() -> None:
         compiled(torch.ones(1, 4))
         calls.append(wrapped.trace().calls.tolist())
     assert calls == [[[2]], [[1], [1]]]
-
-
-@pytest.mark.usefixtures("_fresh_dynamo")
-def test_checkpointing_around_compiled_layers_counts_the_recomputation() -> None:
-    class Checkpointed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = small()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(self.block, x, use_reentrant=False)
-
-    def train(model: nn.Module) -> noesis.Trace:
-        wrapped = noesis.wrap(model, layers="linear")
-        for scale in (1.0, 2.0):
-            wrapped(scale * torch.ones(1, 4)).sum().backward()
-        return wrapped.trace()
-
-    eager, one_by_one, whole = Checkpointed(), Checkpointed(), Checkpointed()
-    one_by_one.block.compile(backend="aot_eager")
-    expected, trace = train(eager), train(one_by_one)
-    assert trace.calls.tolist() == [[1], [2], [1]]  # each recomputation is a call in the step after it
-    first, second = expected["mean"].ravel()
-    assert trace["mean"].ravel() == pytest.approx([first, (first + second) / 2, second])
-    trace = train(torch.compile(whole, backend="aot_eager"))
-    assert trace.calls.tolist() == expected.calls.tolist() == [[1], [1]]
 
 
 # ---------------------------------------------------------------- the table

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import BadType, WrongState
+from .kernels import recomputing
 from .outputs import batch_of, hidden_state, register_block
 from .recorder import Recorder
 from .routes import Router
@@ -39,8 +40,7 @@ class Site:
         """Whether this call is none of ours; compiled code asks the device instead."""
         if torch.compiler.is_compiling():
             return False
-        # Inside a backward pass, activation checkpointing recomputes what was already observed.
-        return self.recorder.paused or torch._C._current_graph_task_id() != -1
+        return self.recorder.paused or recomputing()
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward of the root starts: find its timestep and its batch."""
@@ -87,8 +87,8 @@ def unmeasurable(x: Any) -> str | None:
         return "no floating tensor"
     if torch.compiler.is_compiling():
         return None  # shapes and layouts only; the data comes later
-    if x.layout != torch.strided or x.is_nested:
-        return f"a tensor of layout {x.layout}"
+    if x.is_nested or x.layout != torch.strided:
+        return "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
     if x.device.type == "meta" or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return "a tensor without data of its own (meta device or torch.func)"
     if type(x) not in (Tensor, nn.Parameter) and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
@@ -206,6 +206,9 @@ def _new(original: type[nn.Module], *args: Any) -> Any:
 
 def become_observed(module: nn.Module, site: Site) -> None:
     """Give a module, where it stands, its observed class."""
+    if isinstance(module, Observed):  # unwrapped, with a class on top of ours that another library gave it
+        module.__dict__["_noesis"] = site
+        return
     name = f"{site.name or 'the model'} ({type(module).__name__})"
     if isinstance(module, torch.jit.ScriptModule):
         raise BadType(f"{name} is a ScriptModule", "a module in Python", "Wrap the model before scripting it")

@@ -169,7 +169,7 @@ class Wrapped(nn.Module):
 
     def __init__(self, model: nn.Module, root: nn.Module, recorder: Recorder, pipeline: Any = None) -> None:
         # No nn.Module.__init__: parameters, buffers, children and hooks are the model's, not copies.
-        self.__dict__.update(model=model, _root=root, _recorder=recorder, _pipeline=pipeline)
+        self.__dict__.update(model=model, _root=root, _recorder=recorder, _pipeline=pipeline, _wrapped=True)
         if pipeline is not None:
             pipeline.attach(recorder)
 
@@ -183,6 +183,9 @@ class Wrapped(nn.Module):
     def trace(self) -> Trace:
         """What happened since the run began: statistics per step and layer."""
         trace: Trace = self._recorder.trace()
+        for name in trace.layers:
+            if self._replaced(name):
+                trace.unmeasured[name] = "another module took its place after wrapping; unwrap and wrap again"
         return trace
 
     def routes(self) -> Routes:
@@ -193,6 +196,16 @@ class Wrapped(nn.Module):
         """
         routes: Routes = self._recorder.routes()
         return routes
+
+    def _replaced(self, name: str) -> bool:
+        """Whether the module of this name is no longer the one that is observed (an adapter, say)."""
+        if name in self._recorder.unmeasured or not self._wrapped:
+            return False
+        try:
+            site = site_of(self._root.get_submodule(name))
+        except AttributeError:
+            return True
+        return site is None or site.recorder is not self._recorder
 
     def soulprint(self) -> Soulprint:
         """The run as one vector; see `Trace.soulprint`."""
@@ -242,6 +255,7 @@ class Wrapped(nn.Module):
 
     def unwrap(self) -> nn.Module:
         """Give every module its class back; returns the model. What was recorded can still be read."""
+        self.__dict__["_wrapped"] = False
         for module in self._root.modules():
             site = site_of(module)
             if site is not None and site.recorder is self._recorder and not restore(module):

@@ -20,9 +20,24 @@ def register(schema: str, *, cpu: Callable[..., None], anywhere: Callable[..., N
     """
     name = schema.partition("(")[0]
     LIBRARY.define(f"{schema} -> ()")
-    LIBRARY.impl(name, cpu, "CPU")
-    LIBRARY.impl(name, anywhere, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _unless_recomputing(cpu), "CPU")
+    LIBRARY.impl(name, _unless_recomputing(anywhere), "CompositeExplicitAutograd")
     torch.library.register_fake(f"noesis::{name}", _nothing, lib=LIBRARY)
+
+
+def recomputing() -> bool:
+    """Whether a backward pass is running: activation checkpointing recomputes there what was seen already."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _unless_recomputing(kernel: Callable[..., None]) -> Callable[..., None]:
+    """Compiled code cannot ask in Python, which is traced away; the operation itself can."""
+
+    def guarded(*args: Any) -> None:
+        if not recomputing():
+            kernel(*args)
+
+    return guarded
 
 
 def _nothing(*_: Any) -> None:
