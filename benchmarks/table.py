@@ -1,6 +1,6 @@
 """Put what was measured into the README: the table below `<!-- overhead -->` from the results file.
 
-    python benchmarks/table.py
+python benchmarks/table.py
 """
 
 from __future__ import annotations
