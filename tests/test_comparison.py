@@ -128,6 +128,46 @@ def test_other_counts_diverge_and_a_longer_trace_diverges_at_its_end():
     assert (nan.step, nan.layer, nan.stat) == (0, "0", "count")
 
 
+def test_other_numbers_of_calls_diverge():
+    class Repeats(nn.Module):
+        def __init__(self, times: int) -> None:
+            super().__init__()
+            self.layer, self.times = nn.Identity(), times
+
+        def forward(self, x):
+            for _ in range(self.times):
+                self.layer(x[: len(x) // self.times])
+            return x
+
+    def run(times: int) -> noesis.Trace:
+        wrapped = noesis.wrap(Repeats(times), layers="all")
+        wrapped(torch.ones(6, 2))
+        return wrapped.trace()
+
+    where = noesis.compare(run(1), run(2)).first_divergence
+    assert (where.stat, where.a, where.b) == ("calls", 1, 2)
+
+
+def test_traces_without_a_common_step_are_not_the_same():
+    torch.manual_seed(0)
+    wrapped = noesis.wrap(nn.Sequential(nn.Linear(4, 4)), layers="all", capacity=2)
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    _, one = wrapped.forward_with_trace(x)
+    _, other = wrapped.forward_with_trace(y)
+    _, same = wrapped.forward_with_trace(x)
+    assert noesis.compare(one, other).first_divergence.layer == "0"  # each call's trace begins at step 0
+    assert noesis.compare(one, same).first_divergence is None
+    wrapped.reset()
+    wrapped(x)
+    early = wrapped.trace()
+    wrapped(x)
+    wrapped(x)
+    late = wrapped.trace()  # steps 1 and 2; the ring has dropped step 0
+    assert noesis.compare(early, late).first_divergence.stat == "steps"
+    wrapped(x)
+    assert noesis.compare(late, wrapped).first_divergence.stat == "steps"  # step 3 is in one only
+
+
 # ---------------------------------------------------------------- significance
 
 
@@ -198,6 +238,11 @@ def test_save_and_load(tmp_path):
     lines = (result.save(tmp_path / "c.csv")).read_text().splitlines()
     assert lines[0].startswith("layer,mean_a,mean_b")
     assert len(lines) == 3
+    for field, value in (("distance", "x"), ("only_in_a", 3), ("meta", None), ("rows", [1]), ("first_divergence", [0])):
+        broken = json.loads(result.to_json()) | {field: value}
+        (tmp_path / "broken.json").write_text(json.dumps(broken))
+        with pytest.raises(noesis.NoesisError, match="is not a valid comparison"):
+            noesis.Comparison.load(tmp_path / "broken.json")
     with pytest.raises(ValueError, match=r"suffix '.txt'. Expected .json, .json.gz or .csv"):
         result.save(tmp_path / "c.txt")
 

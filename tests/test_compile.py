@@ -168,3 +168,14 @@ def test_recompute_under_checkpointing_is_no_call(how, reentrant):
     expected, trace = train(Checkpointed()), train(model)
     np.testing.assert_array_equal(trace.calls, expected.calls)
     np.testing.assert_allclose(trace.values, expected.values, rtol=1e-6, atol=1e-7)
+
+
+def test_a_layer_that_cannot_be_measured_costs_no_recompile():
+    class Counts(nn.Module):
+        def forward(self, x):
+            return x.long()
+
+    call, counter = compiled(noesis.wrap(nn.Sequential(nn.Linear(8, 8), Counts()), layers="all").model)
+    for _ in range(3):
+        call(torch.randn(4, 8))
+    assert counter.frame_count == 1

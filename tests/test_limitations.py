@@ -285,7 +285,6 @@ def test_one_tensor_of_an_output_is_measured() -> None:
     assert observed_once(lambda _: value)["mean"].item() == 1.0
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy says so
 def test_rows_are_float32() -> None:
     trace = observed_once(lambda x: x.double() * 1e39)
     assert trace["max"].item() == float("inf")
@@ -396,6 +395,28 @@ def test_the_inner_module_of_a_compiled_model_begins_no_step() -> None:
         compiled(torch.ones(1, 4))
         calls.append(wrapped.trace().calls.tolist())
     assert calls == [[[2]], [[1], [1]]]
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz")  # torch's own are deprecated
+def test_exact_class_lookups_miss_observed_modules() -> None:
+    model = small()
+    noesis.wrap(model, layers="all")
+    missed = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    found = torch.ao.quantization.quantize_dynamic(small(), {nn.Linear})
+    assert isinstance(missed[0], nn.Linear)
+    assert not isinstance(found[0], nn.Linear)
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_compiled_layers_that_cannot_be_measured_are_reported_as_never_run() -> None:
+    class Counts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.long()
+
+    wrapped = noesis.wrap(nn.Sequential(nn.Linear(4, 4), Counts()), layers="all")
+    torch.compile(wrapped.model, backend="aot_eager")(torch.ones(1, 4))
+    trace = wrapped.trace()
+    assert (trace.never_ran, trace.unmeasured) == (["1"], {})
 
 
 # ---------------------------------------------------------------- the table

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -161,6 +164,7 @@ def test_a_row_per_sample():
         assert sample["std"][0, 0] == pytest.approx(hidden[index].std().item(), rel=1e-6)
         assert len(sample.soulprint().layers) == 3
     assert trace.samples[4]["count"].tolist() == [[6, 6, 3], [0, 0, 0]]
+    assert trace.calls.tolist() == [[1, 1, 1], [1, 1, 1]]
     # the whole is what it is without samples
     plain = noesis.wrap(small(), layers="all")
     plain(x)
@@ -237,3 +241,67 @@ def test_slab_made_in_inference_mode_can_be_written_outside():
         wrapped(batches(1, 6)[0])  # grows here
     wrapped(batches(1)[0]).sum().backward()
     assert len(wrapped.trace()) == 2
+
+
+def test_an_exception_ends_its_step():
+    class Fails(nn.Module):
+        on = True
+
+        def forward(self, x):
+            if self.on:
+                raise KeyboardInterrupt
+            return x
+
+    model = nn.Sequential(nn.Linear(2, 2), Fails())
+    wrapped = noesis.wrap(model, layers="linear", per_sample=True)
+    with pytest.raises(KeyboardInterrupt):
+        wrapped(torch.ones(4, 2))
+    model[0](torch.ones(3, 2))  # between forwards: of the step to come, with a batch of its own
+    model[1].on = False
+    wrapped(torch.ones(3, 2))
+    trace = wrapped.trace()
+    assert trace.calls.tolist() == [[1], [2]]
+    assert [sample["count"][1, 0] for sample in trace.samples] == [4, 4, 4, 0]
+
+
+def test_runs_are_not_nested_and_reset_keeps_their_meta():
+    wrapped = noesis.wrap(small(), layers="all")
+    with wrapped.run(seed=3):
+        with (
+            pytest.raises(RuntimeError, match="A run of this model is going on. Expected one run at a time"),
+            wrapped.run(),
+        ):
+            pass
+        wrapped.reset()
+        wrapped(batches(1)[0])
+    assert wrapped.trace().meta["seed"] == 3
+    with wrapped.run():
+        pass
+
+
+@pytest.mark.parametrize("setting", ["torch.set_default_dtype(torch.bfloat16)", "torch.set_default_device('meta')"])
+def test_defaults_of_torch_do_not_matter(setting):
+    """In a process of its own, since scratch memory is made once."""
+    code = f"""
+import torch, noesis
+x = torch.randn(2, 5000) + 3
+model = torch.nn.Sequential(torch.nn.Identity())
+wrapped = noesis.wrap(model, layers="all")
+{setting}
+wrapped(x)
+wrapped(x.bfloat16())
+torch.set_default_device("cpu")
+got = wrapped.trace()["mean"][:, 0]
+want = [x.double().mean().item(), x.bfloat16().double().mean().item()]
+assert abs(got - want).max() < 1e-6, (got, want)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_tracing_observes_nothing():
+    model = small()
+    wrapped = noesis.wrap(model, layers="all")
+    with pytest.warns(DeprecationWarning, match="jit"):
+        torch.jit.trace(model, torch.ones(1, 4), check_trace=False)
+    assert len(wrapped.trace()) == 0

@@ -138,6 +138,38 @@ def test_broken_files(trace, tmp_path, kind, breakage):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", [None, 1, 2]),
+        ("steps", [0.5, 1, 2]),
+        ("order", [[1e300] * 3] * 3),
+        ("calls", [[-4] * 3] * 3),
+        ("values", "x"),
+        ("layers", ["0", "0", "1"]),
+        ("stats", ["mean"]),
+        ("samples", 99),
+        ("branches", []),
+    ],
+)
+def test_fields_that_are_not_what_they_should_be(trace, tmp_path, field, value):
+    payload = json.loads(trace.to_json())
+    (payload["arrays"] if field in payload["arrays"] else payload)[field] = value
+    (tmp_path / "trace.json").write_text(json.dumps(payload))
+    with pytest.raises(noesis.NoesisError, match="is not a valid trace"):
+        noesis.Trace.load(tmp_path / "trace.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("layers", "012"), ("steps", "3"), ("means", [1]), ("format_version", True)]
+)
+def test_soulprints_that_are_not(trace, tmp_path, field, value):
+    payload = json.loads(trace.soulprint().to_json()) | {field: value}
+    (tmp_path / "s.json").write_text(json.dumps(payload))
+    with pytest.raises(noesis.NoesisError, match="is not a valid soulprint|has format_version True"):
+        noesis.Soulprint.load(tmp_path / "s.json")
+
+
 def test_files_of_another_kind(trace, tmp_path):
     path = trace.save(tmp_path / "trace.safetensors")
     with pytest.raises(ValueError, match=r"is no noesis soulprint: its format is 'noesis.trace'"):

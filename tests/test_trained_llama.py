@@ -1,4 +1,4 @@
-"""What the issue is for, on trained weights: who changed, where, and is it more than noise."""
+"""On trained weights: what changed, where, and is it more than noise."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ._version import __version__
 from .errors import NoesisError
@@ -44,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (NoesisError, OSError) as error:
         _note(f"error: {' '.join(str(error).split())}")
         return ERROR
+    except Exception as error:  # not 1, which says that runs differ
+        if os.environ.get("NOESIS_TRACEBACK"):
+            raise
+        _note(f"error: {type(error).__name__}: {' '.join(str(error).split())} (NOESIS_TRACEBACK=1 shows where)")
+        return ERROR
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -71,8 +76,16 @@ def _note(text: str) -> None:
 # ---------------------------------------------------------------- arguments
 
 
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and where the help is."""
+        self.exit(ERROR, f"noesis: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="noesis",
         description="See what happens inside a PyTorch model while it runs.",
         epilog="Results go to stdout, notes to stderr. Exit codes: 0; 1 past --fail-over; 2 on errors.",
@@ -119,7 +132,9 @@ def _trace(commands: Any) -> None:
     diffusion.add_argument("--guidance", type=float, metavar="SCALE")
     diffusion.add_argument("--height", type=_positive, metavar="PIXELS")
     diffusion.add_argument("--width", type=_positive, metavar="PIXELS")
-    diffusion.add_argument("--image", metavar="FILE", help="write the image too")
+    diffusion.add_argument(
+        "--image", nargs="?", const="", metavar="FILE", help="write the image too (default: image.png in DIR)"
+    )
     _add_generation(parser.add_argument_group("language models"))
 
 

@@ -56,7 +56,7 @@ def _trace(args: Namespace, note: Note) -> Answer:
         trace, ending = _trace_language_model(args)
         _write(trace, out, args, note)
         return Answer(lambda: f"{trace!r}\n{ending}", trace.to_json)
-    image = None if args.image is None else _image_file(args.image)
+    image = None if args.image is None else _image_file(args.image or str(out / "image.png"))
     trace, output = _trace_pipeline(args)
     _write(trace, out, args, note)
     if image is not None:
@@ -80,7 +80,9 @@ def _trace_pipeline(args: Namespace) -> tuple[Trace, Any]:
     options: dict[str, Any] = {}
     for name, (flag, value) in given.items():
         if value is not None and name not in parameters:
-            raise BadValue(f"{flag} is given, and {type(pipe).__name__} takes no {name}", "", f"Leave out {flag}")
+            raise BadValue(
+                f"{flag} is given, and {type(pipe).__name__} takes no {name}", "options it takes", f"Leave out {flag}"
+            )
         if value is not None:
             options[name] = value
     if args.image is None and "output_type" in parameters:
@@ -93,7 +95,9 @@ def _trace_pipeline(args: Namespace) -> tuple[Trace, Any]:
         output = pipe(**options)
     except ValueError as error:  # sizes it cannot make, for example
         why = str(error).rstrip(".")
-        raise BadValue(f"{type(pipe).__name__} cannot run with these options ({why})", "", "Change them") from error
+        raise BadValue(
+            f"{type(pipe).__name__} cannot run with these options ({why})", "options it can run with", "Change them"
+        ) from error
     return wrapped.trace(), output
 
 
@@ -220,7 +224,9 @@ def _refuse(args: Namespace, owner: str, *names: str) -> None:
     for name in names:
         if getattr(args, name) is not None:
             flag = f"--{name.replace('_', '-')}"
-            raise BadValue(f"{flag} is an option for {owner}, and {args.model} is none", "", f"Leave out {flag}")
+            raise BadValue(
+                f"{flag} is an option for {owner}, and {args.model} is none", "options that fit", f"Leave out {flag}"
+            )
 
 
 def _draw(result: Any, path: str | None, note: Note) -> None:

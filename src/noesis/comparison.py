@@ -126,7 +126,9 @@ class Comparison:
         for row in self.rows:
             if row.layer == layer:
                 return row
-        raise BadValue(f"layer {layer!r} is not among the common layers", f"one of {len(self.rows)} layers in .rows")
+        raise BadValue(
+            f"layer {layer!r} is not among the common layers", f"one of the {len(self.rows)} in .rows", "Check the name"
+        )
 
     def to_json(self) -> str:
         """The comparison as one JSON object."""
@@ -157,16 +159,22 @@ class Comparison:
         """Read the JSON that `save` wrote."""
         value = files.check_header(files.read_json(path), "comparison", path)
         try:
-            names = {each.name for each in dataclasses.fields(Row)}
-            judged = {"z_mean", "z_std", "p_value", "q_value", "changed"} if not value["baseline"] else {"changed"}
-            rows = [
-                Row(**{key: row[key] if key in judged else _number(row[key]) for key in names}) for row in value["rows"]
-            ]
-            rest = {each.name: value[each.name] for each in dataclasses.fields(cls) if each.name != "rows"}
-            if rest["first_divergence"] is not None:
-                rest["first_divergence"] = Divergence(*rest["first_divergence"])
-            return cls(rows=rows, **rest)
-        except (KeyError, TypeError) as error:
+            baseline = int(value["baseline"])
+            where = value["first_divergence"]
+            return cls(
+                rows=[_row(row, judged=baseline > 0) for row in value["rows"]],
+                cosine=_number(value["cosine"]),
+                distance=_number(value["distance"]),
+                only_in_a=[str(name) for name in list(value["only_in_a"])],
+                only_in_b=[str(name) for name in list(value["only_in_b"])],
+                first_divergence=None
+                if where is None
+                else Divergence(int(where[0]), str(where[1]), str(where[2]), _number(where[3]), _number(where[4])),
+                alpha=float(value["alpha"]),
+                baseline=baseline,
+                meta=dict(value["meta"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             raise BadFile(
                 f"{path} is not a valid comparison ({type(error).__name__}: {error})",
                 "a file written by Comparison.save",
@@ -258,7 +266,9 @@ def compare(
         raise BadValue(f"tolerance={tolerance!r}", "a number from 0", "0 means bitwise equal")
     left, right = _result(a), [_result(run) for run in (b if isinstance(b, (list, tuple)) else [b])]
     if len(right) != 1 and (baseline is None or not right):
-        raise BadValue(f"b is {len(right)} runs", "one run, or several together with baseline=[...]")
+        raise BadValue(
+            f"b is {len(right)} runs", "one run, or several together with baseline=[...]", "Pass one, or a baseline"
+        )
     traces = [run for run in (left, right[0]) if isinstance(run, Trace)] if len(right) == 1 else []
     divergence = first_divergence(traces[0], traces[1], tolerance) if len(traces) == 2 else None
     first, others = _soulprint(left), [_soulprint(run) for run in right]
@@ -318,19 +328,24 @@ def first_divergence(a: Trace, b: Trace, tolerance: float = 1e-5) -> Divergence 
             layer); counts of elements, of non-finite elements and of calls have to be equal.
 
     Returns:
-        The divergence, or None when the traces are the same. If one trace merely goes on, its next
-        step is the divergence, with `stat="steps"`.
+        The divergence, or None when the traces are the same. A step that only one trace has is a
+        divergence too, with `stat="steps"`; steps that a ring has dropped are left out.
     """
     names = [name for name in a.layers if name in set(b.layers)]
     at_a, at_b = [a.layers.index(name) for name in names], [b.layers.index(name) for name in names]
-    steps = [int(step) for step in a.steps if step in set(b.steps.tolist())]
     stats = [name for name in a.stats if name in b.stats]
     exact = {"count", "nonfinite", "zeros"}
-    for step in steps:
+    common = set(a.steps.tolist()) & set(b.steps.tolist())
+    for step in _steps_to_compare(a, b):
+        if step not in common:
+            return Divergence(step, "", "steps", float(len(a)), float(len(b)))
         i, j = int(np.flatnonzero(a.steps == step)[0]), int(np.flatnonzero(b.steps == step)[0])
         left, right = a.values[i, at_a], b.values[j, at_b]
         scale = _pooled(left[:, a.stats.index("std")], right[:, b.stats.index("std")])
         for at in np.argsort(_running_order(a.order[i, at_a]), kind="stable"):
+            calls = float(a.calls[i, at_a[at]]), float(b.calls[j, at_b[at]])
+            if calls[0] != calls[1]:
+                return Divergence(step, names[at], "calls", *calls)
             for stat in stats:
                 one, other = left[at, a.stats.index(stat)], right[at, b.stats.index(stat)]
                 if one == other or (np.isnan(one) and np.isnan(other)):
@@ -338,11 +353,15 @@ def first_divergence(a: Trace, b: Trace, tolerance: float = 1e-5) -> Divergence 
                 unit = scale[at] if scale[at] > 0 else max(abs(one), abs(other))
                 if stat in exact or not abs(one - other) <= tolerance * unit:
                     return Divergence(step, names[at], stat, float(one), float(other))
-    if len(a) != len(b):
-        longer = a if len(a) > len(b) else b
-        extra = [int(step) for step in longer.steps if step not in steps]
-        return Divergence(extra[0], "", "steps", float(len(a)), float(len(b)))
     return None
+
+
+def _steps_to_compare(a: Trace, b: Trace) -> list[int]:
+    """The steps of either trace, less those at the start that the other's ring no longer holds."""
+    steps = sorted({*a.steps.tolist(), *b.steps.tolist()})
+    held = [int(trace.steps.min()) for trace in (a, b) if trace.dropped_steps and len(trace)]
+    overlap = [step for step in steps if step >= max(held, default=0)]
+    return overlap if set(overlap) & set(a.steps.tolist()) & set(b.steps.tolist()) else steps
 
 
 def _running_order(order: NDArray[np.int64]) -> Floats:
@@ -426,6 +445,16 @@ def _baseline(runs: list[Soulprint], names: list[str]) -> Floats:
     return _columns(runs, names)
 
 
-def _number(value: Any) -> Any:
+def _number(value: Any) -> float:
     """JSON has no NaN; `files.dump_json` wrote it as null."""
-    return float("nan") if value is None else value
+    return float("nan") if value is None else float(value)
+
+
+def _row(row: Any, judged: bool) -> Row:
+    tests = ("z_mean", "z_std", "p_value", "q_value")
+    numbers: dict[str, Any] = {
+        each.name: _number(row[each.name]) if judged or each.name not in tests else None
+        for each in dataclasses.fields(Row)
+        if each.name not in ("layer", "changed")
+    }
+    return Row(layer=str(row["layer"]), changed=bool(row["changed"]) if judged else None, **numbers)

@@ -166,7 +166,7 @@ def check_header(header: Any, kind: str, path: PathLike) -> dict[str, Any]:
             f"Pass a file written by {kind.capitalize()}.save",
         )
     version = header.get("format_version")
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION or isinstance(version, bool):
         raise BadFile(
             f"{path} has format_version {version!r}",
             f"version {FORMAT_VERSION}",

@@ -83,7 +83,7 @@ def device_of(name: str) -> str:
     try:
         kind = torch.device(name).type
     except RuntimeError:
-        raise BadValue(f"device={name!r}", "auto, cpu, cuda, cuda:1, mps or another of torch's devices") from None
+        raise BadValue(f"device={name!r}", "auto, cpu, cuda, cuda:1, mps or another of torch's", "Use auto") from None
     if (kind == "cuda" and not cuda) or (kind == "mps" and not mps):
         raise BadValue(f"device={name!r}, and this torch sees no such device", "a device that is there", "Use auto")
     return name
@@ -208,7 +208,7 @@ def _local(model: str) -> dict[str, bool]:
 
 def _dtype_of(name: str) -> Any:
     if name not in ("auto", *DTYPES):
-        raise BadValue(f"dtype={name!r}", f"auto or one of {', '.join(DTYPES)}")
+        raise BadValue(f"dtype={name!r}", f"auto or one of {', '.join(DTYPES)}", "Use auto")
     return name if name == "auto" else getattr(torch, name)
 
 

@@ -40,7 +40,7 @@ class Site:
         """Whether this call is none of ours; compiled code asks the device instead."""
         if torch.compiler.is_compiling():
             return False
-        return self.recorder.paused or recomputing()
+        return self.recorder.paused or recomputing() or torch._C._get_tracing_state() is not None
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward of the root starts: find its timestep and its batch."""
@@ -60,7 +60,9 @@ class Site:
         x: Any = hidden_state(output, self.stream) if self.pick is None else self.pick(output)
         reason = unmeasurable(x)
         if reason is not None:
-            self.recorder.unmeasured[self.name] = f"{reason}, in an output of type {type(output).__name__}"
+            # In compiled code, a note on the host would be guarded and cost a recompile.
+            if not torch.compiler.is_compiling():
+                self.recorder.unmeasured[self.name] = f"{reason}, in an output of type {type(output).__name__}"
         elif self.index is not None:
             self.recorder.observe(x.detach(), self.index)
 
@@ -122,11 +124,13 @@ class Observed:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         if site.root:
             site.begin(args, kwargs)
-        output = super().__call__(*args, **kwargs)  # type: ignore[misc]
-        if site.index is not None:
-            site.observe(output)
-        if site.root:
-            site.recorder.end()
+        try:
+            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            if site.index is not None:
+                site.observe(output)
+        finally:
+            if site.root:
+                site.recorder.end()
         return output
 
     def __repr__(self) -> str:

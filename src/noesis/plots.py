@@ -448,9 +448,15 @@ def _legend(where: Figure | Axes, colours: list[str], texts: list[str]) -> None:
 
 def _check_table(table: Floats, rows: int, columns: int) -> None:
     if table.ndim != 2 or not table.size:
-        raise BadValue(f"The table to draw has shape {table.shape}", "[rows, columns], at least one of each")
+        raise BadValue(
+            f"The table to draw has shape {table.shape}", "[rows, columns], at least one of each", "Run the model first"
+        )
     if table.shape != (rows, columns):
-        raise BadValue(f"A table of shape {table.shape} with {rows} row and {columns} column labels", "one label each")
+        raise BadValue(
+            f"A table of shape {table.shape} with {rows} row and {columns} column labels",
+            "one label for each row and column",
+            "Pass as many labels",
+        )
 
 
 def _check_path(path: files.PathLike | None) -> None:

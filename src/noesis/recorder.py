@@ -310,6 +310,7 @@ class Recorder:
         counted = [bank.routes for bank in self.banks if bank.routes is not None]
         return Routes.read(self.routers, counted, steps, control, unmeasured=self.unrouted, meta=self.meta)
 
+    @np.errstate(over="ignore", invalid="ignore")  # rows of float64 outputs may hold infinities
     def trace(self) -> Trace:
         """What is known, as a trace."""
         reading, stats = self.read(), self.stats

@@ -327,7 +327,9 @@ def _regex(item: str) -> Predicate:
     try:
         pattern = re.compile(item[3:])
     except re.error as error:
-        raise BadValue(f"layers={item!r} is no regular expression ({error})", "'re:' and a valid pattern") from None
+        raise BadValue(
+            f"layers={item!r} is no regular expression ({error})", "'re:' and a valid pattern", "Check it"
+        ) from None
     return lambda name, _: pattern.search(name) is not None
 
 

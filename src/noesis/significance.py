@@ -21,6 +21,8 @@ Floats = NDArray[np.float64]
 LAYERS_TO_MODERATE = 10
 #: More degrees of freedom than this are as good as infinitely many.
 MOST_FREEDOM = 1000
+#: Where a layer is constant, or not finite, in the baseline and not so in the new runs.
+LARGEST_T = 1e6
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ def _student_t(base: Floats, new: Floats, floor: float) -> tuple[Floats, int]:
         t = deviation / np.sqrt(variance * (1 / n + 1 / m))
     # Not finite in every run alike is no difference (log 0 of a constant layer); in some, the largest.
     alike = ~np.isfinite(base).any(0) & ~np.isfinite(new).any(0)
-    t = np.where(alike | (deviation == 0), 0.0, np.nan_to_num(t, nan=np.inf, posinf=np.inf, neginf=-np.inf))
-    return t, freedom + prior
+    t = np.where(alike | (deviation == 0), 0.0, np.nan_to_num(t, nan=LARGEST_T))
+    return np.clip(t, -LARGEST_T, LARGEST_T), freedom + prior
 
 
 def _prior(variance: Floats, freedom: int) -> tuple[int, float]:

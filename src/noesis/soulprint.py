@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from . import files, v01
 from .errors import BadFile, BadValue
-from .tables import table
+from .tables import counted, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,6 +54,7 @@ class Soulprint:
             raise BadValue(
                 f"means {self.means.shape}, stds {self.stds.shape} and {len(self.layers)} layers",
                 "one mean and one std per layer, each layer named once",
+                "Give arrays of one length and as many names",
             )
 
     @property
@@ -123,10 +124,13 @@ class Soulprint:
     def _from(cls, arrays: dict[str, Any], header: dict[str, Any], path: Path) -> Soulprint:
         try:
             means, stds = (np.asarray(arrays[name], dtype=np.float64) for name in ("means", "stds"))
-            return cls(means, stds, list(header["layers"]), int(header["steps"]), dict(header["meta"]))
+            if not isinstance(header["layers"], list) or type(header["steps"]) is not int:
+                raise TypeError("layers has to be a list, steps a whole number")
+            return cls(means, stds, header["layers"], header["steps"], dict(header["meta"]))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
+            why = str(error).rstrip(".")
             raise BadFile(
-                f"{path} is not a valid soulprint ({type(error).__name__}: {error})",
+                f"{path} is not a valid soulprint ({type(error).__name__}: {why})",
                 "a file written by Soulprint.save",
                 "It may be truncated or edited; write it again",
             ) from None
@@ -138,7 +142,7 @@ class Soulprint:
         return bars([self] if other is None else [self, other], path=path)
 
     def __repr__(self) -> str:
-        head = f"Soulprint of {len(self.layers)} layers over {self.steps} step{'' if self.steps == 1 else 's'}"
+        head = f"Soulprint of {counted(len(self.layers), 'layer')} over {counted(self.steps, 'step')}"
         keys = ("model", "prompt", "seed", "run")
         known = [f"{key}={self.meta[key]}" for key in keys if self.meta.get(key) is not None]
         lines = [

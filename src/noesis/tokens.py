@@ -362,6 +362,7 @@ def _hidden(
         raise BadValue(
             f"sample is {sample!r} and the batch of {run} has {stacked.shape[0]}",
             f"a batch element from 0 to {stacked.shape[0] - 1}",
+            "Change sample",
         )
     rows = stacked[sample].to(torch.float64)[positions]
     return rows.numpy(), torch.finfo(stacked.dtype).eps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,7 +147,7 @@ class Trace:
         """
         if step is not None:
             if step not in self.steps:
-                raise BadValue(f"step={step} is not in the trace", f"one of {_span(self.steps)}")
+                raise BadValue(f"step={step} is not in the trace", f"one of {_span(self.steps)}", "See trace.steps")
             return self.at(self.steps == step).soulprint()
         times = self.averages[:, 0]
         ran = self._ran
@@ -173,7 +172,9 @@ class Trace:
 
     def _layer(self, name: str) -> int:
         if name not in self.layers:
-            raise BadValue(f"layer {name!r} is not in the trace", f"one of its {len(self.layers)} layers, .layers")
+            raise BadValue(
+                f"layer {name!r} is not in the trace", f"one of its {len(self.layers)} layers", "See trace.layers"
+            )
         return self.layers.index(name)
 
     # ------------------------------------------------------------ making one
@@ -298,10 +299,7 @@ class Trace:
     @classmethod
     def _from_payload(cls, payload: dict[str, Any], path: Path) -> Trace:
         try:
-            arrays = {
-                name: np.asarray(json.loads(json.dumps(value)), dtype=np.float64)
-                for name, value in payload["arrays"].items()
-            }
+            arrays = {name: np.asarray(value, dtype=np.float64) for name, value in payload["arrays"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _broken(path, error) from None
         return cls._from_arrays(arrays, payload, path)
@@ -327,15 +325,17 @@ class Trace:
                 array = arrays[prefix + name]
                 if array.shape != shape and array.size + np.prod(shape):
                     raise ValueError(f"{prefix + name} has shape {array.shape}, expected {shape}")
-                kept[name] = array.reshape(shape).astype(np.int64 if name in integers else np.float64)
+                kept[name] = array.reshape(shape).astype(np.float64)
+                if name in integers:
+                    kept[name] = _whole(kept[name], prefix + name)
             branches = [None if branch is None else str(branch) for branch in header["branches"]]
-            if len(branches) != len(values) or not set(ALWAYS) <= set(stats):
-                raise ValueError("branches or stats do not fit")
+            if len(branches) != len(values) or not set(ALWAYS) <= set(stats) or len(set(layers)) != len(layers):
+                raise ValueError("branches, stats or layers do not fit")
             return cls(
                 layers=layers,
                 stats=stats,
                 branches=branches,
-                dropped_steps=int(header["dropped_steps"]),
+                dropped_steps=max(0, int(header["dropped_steps"])),
                 unmeasured={str(name): str(why) for name, why in header["unmeasured"].items()},
                 meta=dict(header["meta"]),
                 samples=[
@@ -344,6 +344,8 @@ class Trace:
                 ],
                 **kept,
             )
+        except BadFile:  # of a sample
+            raise
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise _broken(path, error) from None
 
@@ -418,6 +420,12 @@ def fields_of(values: Floats, stats: tuple[str, ...]) -> Floats:
         shrink = np.sqrt(np.where(count > 1, count - 1, 0) / np.where(count > 0, count, 1))
     unpacked[..., rows.STD] *= shrink
     return unpacked
+
+
+def _whole(array: Floats, name: str) -> Ints:
+    if not (np.isfinite(array) & (array >= 0) & (array < 2**53) & (array == np.floor(array))).all():
+        raise ValueError(f"{name} holds something else than whole numbers from 0")
+    return array.astype(np.int64)
 
 
 def _broken(path: Path, error: Exception) -> BadFile:

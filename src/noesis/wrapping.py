@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,6 +74,8 @@ def wrap(
         True
     """
     kept_stats = _check_stats(stats)
+    if output is not None and not callable(output):
+        raise BadType(f"output={output!r}", "a callable from a layer's output to a tensor", "Leave output out")
     samples = FIRST_SAMPLES if per_sample is True else per_sample
     _check_numbers(every=every, capacity=capacity, per_sample=samples or 1)
     called, root, roots, pipeline = resolve(model)
@@ -84,6 +86,7 @@ def wrap(
         "per_sample": per_sample,
         "every": every,
         "capacity": capacity,
+        "output": output,
     }
     found = {id(site.recorder): site.recorder for site in map(site_of, root.modules()) if site is not None}
     if found:
@@ -225,17 +228,24 @@ class Wrapped(nn.Module):
             raise WrongState(
                 "This forward was not observed", "a forward that is", "Leave paused(), or wrap with every=1"
             )
+        latest.steps = latest.steps - latest.steps[0]  # this call's first step is step 0
         return output, latest
 
     # ------------------------------------------------------------ runs
 
     def reset(self) -> None:
-        """Forget what was recorded and begin a fresh run."""
-        self._recorder.reset({})
+        """Forget what was recorded and begin afresh; inside `run(**meta)`, with the same meta."""
+        self._recorder.reset(self._recorder.given if self._recorder.named_run else {})
 
     @contextmanager
     def run(self, **meta: Any) -> Iterator[Wrapped]:
-        """Begin a fresh run; `meta` is in every trace and soulprint of it."""
+        """Begin a fresh run; `meta` is in every trace and soulprint of it.
+
+        Raises:
+            NoesisError: inside another run of the same model.
+        """
+        if self._recorder.named_run:
+            raise WrongState("A run of this model is going on", "one run at a time", "Leave its with block first")
         self._recorder.reset(meta)
         self._recorder.named_run = True
         try:
@@ -318,6 +328,8 @@ for _name, _value in vars(nn.Module).items():
 
 
 def _check_stats(stats: Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(stats, Iterable):
+        raise BadType(f"stats={stats!r}", f"names among {', '.join(ALWAYS + OPTIONAL)}", "Leave stats out")
     given = (stats,) if isinstance(stats, str) else tuple(stats)
     unknown = [name for name in given if name not in ALWAYS + OPTIONAL]
     if unknown:

@@ -123,6 +123,14 @@ def observe_cpu(
     control[SEQUENCE] += 1
     order = int(control[SEQUENCE])
     target = slab[control[SLOT], :, layer]  # [rows, SLOTS]
+    if x.dtype == torch.float64:
+        with np.errstate(over="ignore", invalid="ignore"):  # beyond float32 a row holds infinity
+            _observe_cpu(x, samples, count_zeros, target, order)
+    else:
+        _observe_cpu(x, samples, count_zeros, target, order)
+
+
+def _observe_cpu(x: Tensor, samples: int, count_zeros: bool, target: NDArray[np.float32], order: int) -> None:
     if samples == 0:
         measured: Any = _measure(_storage_order(x), count_zeros)
         if target[0, CALLS] == 0:
@@ -213,7 +221,7 @@ def _scratch(which: int, x: Tensor) -> Tensor:
         return torch.empty_like(x)
     if not hasattr(_BUFFERS, "pair"):  # one pair per thread
         with torch.inference_mode(False):  # whoever calls first; an inference tensor could not be reused
-            _BUFFERS.pair = torch.empty(2, BLOCK)
+            _BUFFERS.pair = torch.empty(2, BLOCK, dtype=torch.float32, device="cpu")
     pair: Tensor = _BUFFERS.pair
     return pair[which, : x.numel()]
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import register, rows
-from .rows import COUNT, FIELDS, MEAN, STD
+from .rows import CALLS, COUNT, FIELDS, MEAN, STD
 
 #: Forwards counted, steps kept, and the flags that tell a layer where its row goes, if anywhere.
 CONTROL = 7
@@ -54,7 +54,10 @@ def add_step(totals: Any, step: Any, xp: Any = np) -> Any:
 
 def with_whole(step: Any, xp: Any = np) -> Any:
     """A step's rows [rows, layers, FIELDS] with the remainder in row 0 replaced by the whole of all rows."""
+    # One call fills a row per sample, or the remainder: not as many calls as rows.
+    calls = step[0, ..., CALLS] + (xp.amax(step[1:, ..., CALLS], 0) if len(step) > 1 else 0)
     step[0] = rows.combine(step, xp)
+    step[0, ..., CALLS] = calls
     return step
 
 
