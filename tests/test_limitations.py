@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import multiprocessing
+import pickle
 import re
 import threading
 from collections import Counter
@@ -417,6 +418,29 @@ def test_compiled_layers_that_cannot_be_measured_are_reported_as_never_run() -> 
     torch.compile(wrapped.model, backend="aot_eager")(torch.ones(1, 4))
     trace = wrapped.trace()
     assert (trace.never_ran, trace.unmeasured) == (["1"], {})
+
+
+def test_a_wrap_with_a_lambda_cannot_be_pickled() -> None:
+    model = small()
+    wrapped = noesis.wrap(model, layers="all", output=lambda output: output)
+    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
+        pickle.dumps(model)
+    wrapped.unwrap()
+    pickle.dumps(model)
+
+
+def test_a_model_that_calls_itself_begins_a_step_each_time() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Identity()
+
+        def forward(self, x: Tensor, again: bool = True) -> Tensor:
+            return self.layer(self(x, again=False) if again else x)
+
+    wrapped = noesis.wrap(Twice(), layers="all")
+    wrapped(torch.ones(1))
+    assert wrapped.trace().calls.tolist() == [[0], [1], [1]]  # outer, inner, and what follows the inner one
 
 
 # ---------------------------------------------------------------- the table

@@ -159,7 +159,9 @@ class Comparison:
         """Read the JSON that `save` wrote."""
         value = files.check_header(files.read_json(path), "comparison", path)
         try:
-            baseline = int(value["baseline"])
+            baseline = value["baseline"]
+            if type(baseline) is not int or baseline < 0:
+                raise ValueError(f"baseline is {baseline!r}")
             where = value["first_divergence"]
             return cls(
                 rows=[_row(row, judged=baseline > 0) for row in value["rows"]],

@@ -91,8 +91,8 @@ def dump_json(value: Any, indent: int | None = None) -> str:
     """Strict JSON: NaN and infinities become null, anything JSON does not know becomes its `str`."""
     try:
         return json.dumps(value, indent=indent, default=_plain, allow_nan=False)
-    except ValueError:
-        return json.dumps(_without_nan(value), indent=indent, default=_plain, allow_nan=False)
+    except (ValueError, TypeError):  # NaN, keys that are no strings, or a circle
+        return json.dumps(_strict(value), indent=indent, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
@@ -100,14 +100,16 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else str(value)
 
 
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+def _strict(value: Any, depth: int = 100) -> Any:
+    if depth == 0:
+        raise BadValue("meta is nested more than 100 deep, or holds itself", "values that JSON can hold", "Flatten it")
     if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
+        return {str(key): _strict(inner, depth - 1) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(inner) for inner in value]
-    return value
+        return [_strict(inner, depth - 1) for inner in value]
+    if value is not None and not isinstance(value, (str, bool, int, float)):
+        value = _plain(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def is_json(path: Path) -> bool:
@@ -123,12 +125,16 @@ def unknown_suffix(path: Path, known: str = ".safetensors, .json or .json.gz") -
 def save_json(path: PathLike, kind: str, payload: dict[str, Any]) -> Path:
     """Write a JSON object of the given kind; gzip when the name ends in `.gz`."""
     full = {"format": f"noesis.{kind}", "format_version": FORMAT_VERSION, **payload}
-    return write_json(path, _without_nan(full))
+    return _write_text(path, dump_json(full))
 
 
 def write_json(path: PathLike, payload: dict[str, Any]) -> Path:
     """Write a JSON object as it is; gzip when the name ends in `.gz`."""
-    data = json.dumps(payload, default=_plain).encode()  # v0.1 wrote NaN as NaN, and so does this
+    return _write_text(path, json.dumps(payload, default=_plain))  # v0.1 wrote NaN as NaN, and so does this
+
+
+def _write_text(path: PathLike, text: str) -> Path:
+    data = text.encode()
     # mtime=0: the same content gives the same bytes.
     return write_bytes(path, gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data)
 

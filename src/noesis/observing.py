@@ -10,16 +10,20 @@ from __future__ import annotations
 import copyreg
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .errors import BadType, WrongState
-from .kernels import recomputing
+from .kernels import disturbed, recomputing, undisturbed
 from .outputs import batch_of, hidden_state, register_block
 from .recorder import Recorder
 from .routes import Router
+
+#: What a timestep has to stay below to be recorded exactly.
+LARGEST_TIMESTEP = 2.0**53
+_GENERATED = "_noesis_generated"
 
 
 class Site:
@@ -49,12 +53,38 @@ class Site:
             timestep = kwargs.get(self.timestep_name)
             if timestep is None and len(args) > self.timestep:
                 timestep = args[self.timestep]
-            if not _is_number(timestep):
+            if not is_number(timestep):
                 timestep = None
-        self.recorder.begin(timestep, batch_of(args, kwargs))
+        if torch.compiler.is_compiling() or not disturbed():
+            self.recorder.begin(timestep, batch_of(args, kwargs))
+        else:
+            with undisturbed():
+                self.recorder.begin(timestep, batch_of(args, kwargs))
+
+    def end(self) -> None:
+        """The forward of the root is over."""
+        if torch.compiler.is_compiling() or not disturbed():
+            self.recorder.end()
+        else:
+            with undisturbed():
+                self.recorder.end()
 
     def observe(self, output: Any) -> None:
         """Look at what the module returned."""
+        if torch.compiler.is_compiling():
+            self.look(output)
+            return
+        try:
+            if disturbed():
+                with undisturbed():
+                    self.look(output)
+            else:
+                self.look(output)
+        except Exception as error:  # whatever an output may be, the model goes on
+            self.recorder.unmeasured[self.name] = f"{type(error).__name__}: {error}"
+
+    def look(self, output: Any) -> None:
+        """Find the hidden state, and have it measured."""
         if self.router is not None:
             self.route(output, self.router)
         x: Any = hidden_state(output, self.stream) if self.pick is None else self.pick(output)
@@ -76,11 +106,21 @@ class Site:
             self.recorder.route(*found, router.index)
 
 
-def _is_number(timestep: Any) -> bool:
-    """Whether there is a value to record; a fake or batched tensor has none that could be read."""
-    if type(timestep) is Tensor:
-        return timestep.numel() > 0 and not timestep.is_complex()
-    return isinstance(timestep, (float, int))
+def is_number(timestep: Any) -> bool:
+    """Whether there is a value to record: a fake or batched tensor has none that could be read."""
+    if isinstance(timestep, (float, int)):
+        return abs(timestep) < LARGEST_TIMESTEP
+    if type(timestep) is not Tensor or timestep.is_complex():
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return not (
+        timestep.is_nested
+        or timestep.layout != torch.strided
+        or timestep.numel() == 0
+        or timestep.device.type == "meta"
+        or torch._C._functorch.is_functorch_wrapped_tensor(timestep)
+    )
 
 
 def unmeasurable(x: Any) -> str | None:
@@ -113,7 +153,12 @@ class Observed:
         Linear(in_features=2, out_features=2, bias=True)
     """
 
-    _noesis: Site | None = None
+    _noesis = cast("Site | None", None)  # without an annotation, which torch.jit.script could not read
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # A registry of subclasses would take the generated class for a new one.
+        if _GENERATED not in cls.__dict__:
+            super().__init_subclass__(**kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module, and look at what it returns."""
@@ -130,7 +175,7 @@ class Observed:
                 site.observe(output)
         finally:
             if site.root:
-                site.recorder.end()
+                site.end()
         return output
 
     def __repr__(self) -> str:
@@ -142,6 +187,8 @@ class Observed:
         newobj = copyreg.__newobj__  # type: ignore[attr-defined]
         if isinstance(reduced, tuple) and reduced[0] is newobj and reduced[1][0] is type(self):
             return (_new, (original_class(type(self)), *reduced[1][1:]), *reduced[2:])
+        if isinstance(reduced, tuple) and reduced[0] is type(self):
+            return (original_class(type(self)), *reduced[1:])  # made anew by its own recipe, and not observed
         return reduced
 
 
@@ -176,6 +223,7 @@ def observed_class(original: type[nn.Module]) -> type[nn.Module]:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "__slots__": (),
+        _GENERATED: True,
     }
     metaclass: Any = type(original)
     made: type[nn.Module] = metaclass(original.__name__, (mixin, original), body)

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 
-def hidden_state(output: Any, index: int | None = None) -> Tensor | None:
+def hidden_state(output: Any, index: int | None = None, depth: int = 8) -> Tensor | None:
     """The hidden-state tensor of an output: its first floating tensor, depth first.
 
     Args:
         output: what a module returned: a tensor, tuple, list, dict or dataclass of these.
         index: the element of a tuple or list to look at first, where the library that wrote the
             module says that the hidden state is not in the first place.
+        depth: how deep to look, since an output may hold itself.
 
     Returns:
         The tensor itself (not a copy), or None when there is no floating tensor.
@@ -30,12 +31,12 @@ def hidden_state(output: Any, index: int | None = None) -> Tensor | None:
     if isinstance(output, Tensor):
         return output if output.is_floating_point() else None
     if index is not None and isinstance(output, (tuple, list)) and index < len(output):
-        found = hidden_state(output[index])
+        found = hidden_state(output[index], None, depth - 1)
         if found is not None:
             return found
     scalar = None
-    for element in _elements(output):
-        found = hidden_state(element)
+    for element in _elements(output) if depth > 0 else []:
+        found = hidden_state(element, None, depth - 1)
         if found is not None and found.dim() > 0:
             return found
         scalar = found if scalar is None else scalar  # a loss in front is not the hidden state
@@ -47,8 +48,8 @@ def _elements(output: Any) -> list[Any]:
         return list(output)
     if isinstance(output, dict):
         return list(output.values())
-    if dataclasses.is_dataclass(output):
-        return [getattr(output, field.name) for field in dataclasses.fields(output)]
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return [getattr(output, field.name, None) for field in dataclasses.fields(output)]
     return []
 
 
@@ -90,5 +91,5 @@ def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """The batch size of a call: the first dimension of its first tensor argument, 1 without one."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor) and value.dim() > 0:
-            return value.shape[0]
+            return value.size(0)  # unlike .shape, nested tensors have it
     return 1

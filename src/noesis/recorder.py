@@ -8,6 +8,7 @@ ran on, all with the same steps.
 from __future__ import annotations
 
 import uuid
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import WrongState
-from .kernels import moments, rows, stepping
+from .kernels import moments, rows, stepping, undisturbed
 from .kernels.routing import RouteBank
 from .kernels.rows import FIELDS, SLOTS
 from .kernels.stepping import ACTIVE, CONTROL, ENABLED, EVERY, FORWARDS, OBSERVED, SLOT, STEP, TOTALS
@@ -36,6 +37,7 @@ class Reading:
     rows: Floats  # [steps, 1 + samples, layers, FIELDS]; entry 0 is the whole, not the remainder
     totals: Floats  # [1 + samples, layers, TOTALS], over all steps of the run
     dropped: int  # steps the ring no longer holds
+    forwards: int  # that have begun
 
 
 class Bank:
@@ -45,7 +47,7 @@ class Bank:
         self.device = device
         wide = torch.float32 if device.type == "mps" else torch.float64  # Apple GPUs have no float64
         # Outside inference mode, whoever calls: inference tensors could not be written to later.
-        with torch.inference_mode(False):
+        with undisturbed(), torch.inference_mode(False):
             self.slab = torch.zeros(capacity + 1, 1 + samples, layers, SLOTS, dtype=torch.float32, device=device)
             self.totals = torch.zeros(1 + samples, layers, TOTALS, dtype=wide, device=device)
             self.steps = torch.zeros(capacity, STEP, dtype=wide, device=device)
@@ -53,11 +55,12 @@ class Bank:
             # A tensor per layer: a Python int would make compiled code differ from layer to layer.
             self.layer = [torch.tensor(index, device=device) for index in range(layers)]
             self.no_timestep = torch.full((), torch.nan, dtype=wide, device=device)
-        self.control[EVERY] = every
-        self.control[SLOT] = capacity
-        self.control[ENABLED] = self.control[ACTIVE] = 1
+            self.control[EVERY] = every
+            self.control[SLOT] = capacity
+            self.control[ENABLED] = self.control[ACTIVE] = 1
+            self._view()
+        self.active_before: Tensor | int = 1
         self.routes: RouteBank | None = None
-        self._view()
 
     @property
     def capacity(self) -> int:
@@ -93,7 +96,8 @@ class Bank:
         elif timestep is None:
             value = self.no_timestep
         else:
-            value = torch.full((), timestep, dtype=self.no_timestep.dtype, device=self.device)
+            # Not torch.full, of which compiled code would make one graph per value.
+            value = torch.zeros((), dtype=self.no_timestep.dtype, device=self.device) + timestep
         torch.ops.noesis.begin(value, branch, batch, self.slab, self.totals, self.steps, self.control)
 
     def end(self) -> None:
@@ -113,8 +117,12 @@ class Bank:
             moments.observe_reference(x, self.layer[layer], samples, count_zeros, self.slab, self.control)
 
     def switch(self, enabled: bool) -> None:
-        """Set the flag that the kernels look at."""
-        self.control[ENABLED] = self.control[ACTIVE] = int(enabled)
+        """Set the flags that the kernels look at."""
+        if enabled:
+            self.control[ENABLED], self.control[ACTIVE] = 1, self.active_before
+        else:
+            self.active_before = self.control[ACTIVE].clone()  # a forward that `every` leaves out stays left out
+            self.control[ENABLED] = self.control[ACTIVE] = 0
         if self.routes is not None:
             self.routes.interrupt()
 
@@ -187,8 +195,12 @@ class Recorder:
         self.meta: dict[str, Any] = {}
         self.base_meta: dict[str, Any] = {}
         self.given: dict[str, Any] = {}  # meta of the run that its user gave; it wins over what is found
+        self.observed: list[weakref.ref[nn.Module]] = []
         self.named_run = False  # inside `with wrapped.run(...)`
         self.branch_of: Callable[[int], str | None] | None = None  # a pipeline's word on a forward with a batch
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "observed": []}  # the modules of a copy are not these
 
     # ------------------------------------------------------------ hot path
 
@@ -251,14 +263,18 @@ class Recorder:
 
     def pause(self, paused: bool) -> None:
         """Stop observing, or go on."""
+        if paused == self.paused:
+            return
         self.paused = paused
-        for bank in self.banks:
-            bank.switch(not paused)
+        with undisturbed():
+            for bank in self.banks:
+                bank.switch(not paused)
 
     def reset(self, meta: dict[str, Any]) -> None:
         """Forget the run and start another one."""
-        for bank in self.banks:
-            bank.clear()
+        with undisturbed():
+            for bank in self.banks:
+                bank.clear()
         self.unmeasured.clear()
         self.unrouted.clear()
         self.branches.clear()
@@ -271,8 +287,9 @@ class Recorder:
         self.routers = routers
         if routers:
             experts = max(router.experts for router in routers)
-            for bank in self.banks:
-                bank.routes = RouteBank(bank.device, len(routers), experts, bank.capacity)
+            with undisturbed():
+                for bank in self.banks:
+                    bank.routes = RouteBank(bank.device, len(routers), experts, bank.capacity)
 
     def set_branch(self, branch: str | None) -> None:
         """Name the guidance branch of the forwards to come."""
@@ -282,7 +299,8 @@ class Recorder:
 
     def read(self) -> Reading:
         """Everything known, merged over the banks; the one place that waits for the device."""
-        fetched = [bank.fetch() for bank in self.banks]
+        with undisturbed():
+            fetched = [bank.fetch() for bank in self.banks]
         samples = max(totals.shape[0] for _, totals, _, _ in fetched)
         every_row = rows.combine(np.stack([_padded(held, 1, samples) for held, _, _, _ in fetched]))
         totals = stepping.merge_totals(np.stack([_padded(totals, 0, samples) for _, totals, _, _ in fetched]))
@@ -298,7 +316,7 @@ class Recorder:
         held = every_row[slots]
         for step in held:
             totals = stepping.add_step(totals, stepping.with_whole(step))
-        return Reading(steps[slots], held, totals, dropped)
+        return Reading(steps[slots], held, totals, dropped, int(control[FORWARDS]))
 
     def routes(self) -> Routes:
         """What the routers chose."""

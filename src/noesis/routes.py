@@ -358,6 +358,8 @@ class Routes(Routing):
     def _from(cls, arrays: dict[str, Any], header: dict[str, Any]) -> Routes:
         kept = {name: _integers(arrays[name]) for name in ARRAYS}
         layers = [str(name) for name in header["layers"]]
+        if kept["coactivation"].ndim != 3 or kept["steps"].ndim != 1:
+            raise ValueError("coactivation or steps have the wrong shape")
         steps, width = len(kept["steps"]), kept["coactivation"].shape[-1]
         shapes = {
             "sums": (steps, len(layers), width + FIELDS),

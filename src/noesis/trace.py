@@ -91,7 +91,8 @@ class Trace:
     @property
     def never_ran(self) -> list[str]:
         """Selected layers that did not run in the whole run."""
-        return [name for name, ran in zip(self.layers, self._ran, strict=True) if not (ran or name in self.unmeasured)]
+        called = self._ran | (self.calls > 0).any(0)
+        return [name for name, yes in zip(self.layers, called, strict=True) if not (yes or name in self.unmeasured)]
 
     @property
     def _ran(self) -> NDArray[np.bool_]:
@@ -300,7 +301,7 @@ class Trace:
     def _from_payload(cls, payload: dict[str, Any], path: Path) -> Trace:
         try:
             arrays = {name: np.asarray(value, dtype=np.float64) for name, value in payload["arrays"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise _broken(path, error) from None
         return cls._from_arrays(arrays, payload, path)
 
@@ -328,6 +329,7 @@ class Trace:
                 kept[name] = array.reshape(shape).astype(np.float64)
                 if name in integers:
                     kept[name] = _whole(kept[name], prefix + name)
+            _whole(kept["averages"][:, 0], "averages")
             branches = [None if branch is None else str(branch) for branch in header["branches"]]
             if len(branches) != len(values) or not set(ALWAYS) <= set(stats) or len(set(layers)) != len(layers):
                 raise ValueError("branches, stats or layers do not fit")

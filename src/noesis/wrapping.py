@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -77,7 +78,7 @@ def wrap(
     if output is not None and not callable(output):
         raise BadType(f"output={output!r}", "a callable from a layer's output to a tensor", "Leave output out")
     samples = FIRST_SAMPLES if per_sample is True else per_sample
-    _check_numbers(every=every, capacity=capacity, per_sample=samples or 1)
+    _check_numbers(every=every, capacity=capacity, per_sample=1 if samples is False else samples)
     called, root, roots, pipeline = resolve(model)
     chosen = select(root, layers)
     settings: dict[str, Any] = {
@@ -128,7 +129,7 @@ def _observe(
     sites: dict[int, tuple[nn.Module, Site]] = {id(root): (root, Site(recorder)) for root in roots}
     for root, site in sites.values():
         site.root = True
-        names = list(inspect.signature(root.forward).parameters)
+        names = _parameters(root.forward)
         found = [name for name in TIMESTEPS if name in names]
         if found:
             site.timestep_name, site.timestep = found[0], names.index(found[0])
@@ -147,6 +148,14 @@ def _observe(
         for module in done:
             restore(module)
         raise
+    recorder.observed = [weakref.ref(module) for module in done]
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    try:
+        return list(inspect.signature(function).parameters)
+    except (ValueError, TypeError):  # a builtin put in the place of forward
+        return []
 
 
 class Wrapped(nn.Module):
@@ -220,10 +229,10 @@ class Wrapped(nn.Module):
         Raises:
             NoesisError: while paused, or when `every` leaves this forward out.
         """
-        before = self._recorder.read().steps[:, 0]
+        forwards = self._recorder.read().forwards
         output = self.model(*args, **kwargs)
         trace = self.trace()
-        latest = trace.at(trace.steps > (before.max() if len(before) else -1))
+        latest = trace.at(trace.steps >= forwards)
         if not len(latest):
             raise WrongState(
                 "This forward was not observed", "a forward that is", "Leave paused(), or wrap with every=1"
@@ -266,7 +275,8 @@ class Wrapped(nn.Module):
     def unwrap(self) -> nn.Module:
         """Give every module its class back; returns the model. What was recorded can still be read."""
         self.__dict__["_wrapped"] = False
-        for module in self._root.modules():
+        kept = [module for ref in self._recorder.observed if (module := ref()) is not None]
+        for module in [*self._root.modules(), *kept]:  # those too that have left the model since
             site = site_of(module)
             if site is not None and site.recorder is self._recorder and not restore(module):
                 logger.warning("{} was given another class after wrapping; it keeps it, unobserved", site.name)

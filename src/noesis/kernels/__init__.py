@@ -5,10 +5,12 @@ moves the ring of steps. Each operation has a path of plain torch ops that never
 device, and a CPU path; a Triton kernel takes its place beside them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 LIBRARY = torch.library.Library("noesis", "FRAGMENT")
 
@@ -28,6 +30,18 @@ def register(schema: str, *, cpu: Callable[..., None], anywhere: Callable[..., N
 def recomputing() -> bool:
     """Whether a backward pass is running: activation checkpointing recomputes there what was seen already."""
     return torch._C._current_graph_task_id() != -1
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Outside of the modes that watch or change torch's operations (selective checkpointing, fake tensors)."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
+
+
+def disturbed() -> bool:
+    """Whether there are such modes; asking costs less than leaving them."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
 
 
 def _unless_recomputing(kernel: Callable[..., None]) -> Callable[..., None]:

@@ -194,13 +194,15 @@ def _measure_block(x: Tensor, count_zeros: bool) -> tuple[float, ...]:
             return (0.0, float(size), *(0.0,) * (len(FIELDS) - 2))
         count, _, *rest = _measure_block(finite, count_zeros)
         return (count, size - count, *rest)
+    if low == high:
+        return (float(size), 0.0, size * float(low == 0), low, 0.0, abs(low), low, high, 0.0, 0.0)
     total = x.sum().item()
     if low >= 0 or high <= 0:
         absolute, squares = abs(total), torch.dot(x, x).item()
     else:
         magnitude = torch.abs(x, out=_scratch(0, x))
         absolute, squares = magnitude.sum().item(), torch.dot(magnitude, magnitude).item()
-    if not (_TINY < squares < math.inf and math.isfinite(total)) and x.dtype != torch.float64 and low < high:
+    if not (_TINY < squares < math.inf and math.isfinite(total)) and x.dtype != torch.float64:
         return _measure_block(x.double(), count_zeros)  # the squares leave float32, the values do not
     mean = total / size
     variance = squares / size - mean * mean
