@@ -131,7 +131,7 @@ def unmeasurable(x: Any) -> str | None:
         return None  # shapes and layouts only; the data comes later
     if x.is_nested or x.layout != torch.strided:
         return "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
-    if x.device.type == "meta" or torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if x.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return "a tensor without data of its own (meta device or torch.func)"
     if type(x) not in (Tensor, nn.Parameter) and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"a {type(x).__name__}"

@@ -22,7 +22,9 @@ from .rows import BASE, CALLS, COUNTS, FIELDS, ORDER
 from .stepping import ACTIVE, SEQUENCE, SLOT
 
 #: Elements measured at a time on the CPU: large enough for the threads, small enough for the cache.
-BLOCK = 1 << 19
+BLOCK = 1 << 20
+#: Elements in one dot product, whose float32 sums lose digits with length.
+LONGEST_DOT = 1 << 18
 #: Elements measured at a time by the reference, which bounds its scratch memory.
 CHUNK = 1 << 22
 #: Shorter samples than this are measured together, longer ones one by one.
@@ -148,6 +150,8 @@ def _observe_cpu(x: Tensor, samples: int, count_zeros: bool, target: NDArray[np.
 
 def _packed(row: tuple[float, ...], order: int) -> tuple[float, ...]:
     """The slots of a row that is the first of its step; `rows.pack` for one row, without arrays."""
+    if row[rows.COUNT] < BASE and row[rows.NONFINITE] < BASE:
+        return (*row[:CALLS], 1.0, order, 0.0, 0.0, 0.0)
     counts, rest = row[: len(COUNTS)], row[len(COUNTS) : CALLS]
     return (*(count % BASE for count in counts), *rest, 1.0, order, *(count // BASE for count in counts))
 
@@ -164,6 +168,8 @@ def _merge_cpu(target: NDArray[np.float32], measured: Any, order: int) -> None:
 
 def _measure(x: Tensor, count_zeros: bool) -> tuple[float, ...]:
     """The fields of a whole tensor of any shape whose order of elements does not matter."""
+    if x.dim() == 1 and 0 < x.numel() <= BLOCK:
+        return _measure_block(x, count_zeros)
     blocks = [_measure_block(part, count_zeros) for part in _blocks(x)]
     if len(blocks) == 1:
         return blocks[0]
@@ -198,10 +204,10 @@ def _measure_block(x: Tensor, count_zeros: bool) -> tuple[float, ...]:
         return (float(size), 0.0, size * float(low == 0), low, 0.0, abs(low), low, high, 0.0, 0.0)
     total = x.sum().item()
     if low >= 0 or high <= 0:
-        absolute, squares = abs(total), torch.dot(x, x).item()
+        absolute, squares = abs(total), _squares(x)
     else:
         magnitude = torch.abs(x, out=_scratch(0, x))
-        absolute, squares = magnitude.sum().item(), torch.dot(magnitude, magnitude).item()
+        absolute, squares = magnitude.sum().item(), _squares(magnitude)
     if not (_TINY < squares < math.inf and math.isfinite(total)) and x.dtype != torch.float64:
         return _measure_block(x.double(), count_zeros)  # the squares leave float32, the values do not
     mean = total / size
@@ -211,10 +217,16 @@ def _measure_block(x: Tensor, count_zeros: bool) -> tuple[float, ...]:
     if not variance * 4 > mean * mean:
         centred = torch.sub(x, mean, out=_scratch(0, x))
         shift = centred.sum().item() / size
-        variance = max(torch.dot(centred, centred).item() / size - shift * shift, 0.0)
+        variance = max(_squares(centred) / size - shift * shift, 0.0)
         mean += shift
     zeros = float(size - torch.count_nonzero(x).item()) if count_zeros else 0.0
     return (float(size), 0.0, zeros, mean, math.sqrt(variance), absolute / size, low, high, 0.0, 0.0)
+
+
+def _squares(x: Tensor) -> float:
+    if x.numel() <= LONGEST_DOT:
+        return float(torch.dot(x, x).item())
+    return sum(torch.dot(part, part).item() for part in x.split(LONGEST_DOT))
 
 
 def _scratch(which: int, x: Tensor) -> Tensor:
@@ -223,9 +235,9 @@ def _scratch(which: int, x: Tensor) -> Tensor:
         return torch.empty_like(x)
     if not hasattr(_BUFFERS, "pair"):  # one pair per thread
         with torch.inference_mode(False):  # whoever calls first; an inference tensor could not be reused
-            _BUFFERS.pair = torch.empty(2, BLOCK, dtype=torch.float32, device="cpu")
-    pair: Tensor = _BUFFERS.pair
-    return pair[which, : x.numel()]
+            _BUFFERS.pair = [torch.empty(BLOCK, dtype=torch.float32, device="cpu") for _ in range(2)]
+    buffer: Tensor = _BUFFERS.pair[which]
+    return buffer.narrow(0, 0, x.numel())
 
 
 def _storage_order(x: Tensor) -> Tensor:
