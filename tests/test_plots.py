@@ -254,8 +254,8 @@ def test_a_trace_plots_layers_by_steps(tmp_path: Path) -> None:
         ((0, 3), r"shape \(0, 3\)\. Expected \[rows, columns\]"),
         ((2, 0), r"shape \(2, 0\)\. Expected \[rows, columns\]"),
         ((2,), r"shape \(2,\)\. Expected \[rows, columns\]"),
-        ((2, 2), r"shape \(2, 2\) with 2 row and 3 column labels\. Expected one label each"),
-        ((3, 3), r"shape \(3, 3\) with 2 row and 3 column labels\. Expected one label each"),
+        ((2, 2), r"shape \(2, 2\) with 2 row and 3 column labels\. Expected one label for each"),
+        ((3, 3), r"shape \(3, 3\) with 2 row and 3 column labels\. Expected one label for each"),
     ],
 )
 def test_bad_tables(shape: tuple[int, ...], message: str) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import BadValue, MissingFile
-from ..files import PathLike, dump_json, write_json
+from ..files import PathLike, write_json
 from .fields import (
     ASK_PATH,
     FIT,
@@ -325,7 +325,7 @@ def check_identity(of: Run | Print) -> None:
     if not of.run_id:
         raise BadValue("the run id is empty", "a name for the run", "Name the run")
     try:
-        dump_json(of.meta)
+        json.dumps(of.meta, default=str)
     except (TypeError, ValueError, RecursionError) as error:
         given = f"meta does not fit into JSON ({error})"
         raise BadValue(given, "a dict with string keys", "Leave out what JSON cannot hold") from None
