@@ -113,6 +113,7 @@ def assert_by_hand(routes: Routes, calls: Calls) -> None:
         before = None
         for step, call in enumerate(layer):
             expected = by_hand([call], before)
+            np.testing.assert_array_equal(routes.step_coactivation[step, index], expected["coactivation"])
             before = expected["last"]
             for name in STATISTICS:
                 np.testing.assert_allclose(getattr(routes, name)[step, index], expected[name], rtol=1e-6, err_msg=name)
@@ -240,6 +241,23 @@ def assert_equal(one: Routes, other: Routes) -> None:
     for name in ("sums", "whole", "coactivation", "steps", "experts"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
     assert (one.layers, one.dropped_steps, one.unmeasured) == (other.layers, other.dropped_steps, other.unmeasured)
+
+
+def test_coactivation_of_the_latest_steps_within_bounds(monkeypatch, tmp_path):
+    every = noesis.wrap(small(), layers="routers")
+    run(every, 7)
+    monkeypatch.setattr(routing, "PAIRS_BYTES", 3 * 8 * 2 * 4**2)  # room for three steps
+    for capacity in (5, 100):
+        latest = noesis.wrap(small(), layers="routers", capacity=capacity)
+        run(latest, 7)
+        routes = latest.routes()
+        np.testing.assert_array_equal(routes.step_coactivation, every.routes().step_coactivation[-3:])
+        np.testing.assert_array_equal(routes.coactivation, every.routes().coactivation)
+        latest.model[0](torch.ones(1, 2, 8))  # between forwards
+        assert latest.routes().step_coactivation[-1].sum() == 2 * 2
+    again = Routes.load(routes.save(tmp_path / "routes.safetensors"))
+    np.testing.assert_array_equal(again.step_coactivation, routes.step_coactivation)
+    assert len(Routes.load(routes.save(tmp_path / "routes.json")).step_coactivation) == 0
 
 
 def test_layers_of_different_width_are_padded():
@@ -442,7 +460,7 @@ def test_indices_outside_and_logits_without_entropy():
     indices = torch.tensor([[0, -1], [1, 7], [0, 3]])  # some routers send a token nowhere
     sums, pairs = (getattr(call(logits, indices, 1), name) for name in ("sums", "pairs"))
     assert sums[-1, 1, :5].tolist() == [2, 1, 0, 1, 0]
-    assert pairs[1].nonzero().tolist() == [[0, 3], [3, 0]]
+    assert pairs[-1, 1].nonzero().tolist() == [[0, 3], [3, 0]]
     fields = sums[-1, 1, 5:]
     assert fields[[routing.TOKENS, routing.MEASURED, routing.NEIGHBOURS, routing.SWITCHES]].tolist() == [3, 2, 2, 2]
     p = torch.tensor([1.0, 0.0, 0.0]).softmax(-1).double()

@@ -31,7 +31,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 KIND = "routes"
-#: What a file holds, all int64.
+#: What every file holds, all int64.
 ARRAYS = ("sums", "experts", "steps", "whole", "coactivation")
 #: Where a router or a config says how many experts there are; the first that is there counts.
 EXPERTS = ("num_router_classes", "n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
@@ -236,6 +236,8 @@ class Routes(Routing):
         whole: int64 [layers, experts + 5], the sums over the whole run, also over steps the ring dropped.
         coactivation: int64 [layers, experts, experts], how many tokens of the whole run were sent to
             both of two experts; symmetric, 0 on the diagonal.
+        step_coactivation: int64 [latest, layers, experts, experts], the same for each of the latest
+            steps, as many as fit into 64 MiB; not in JSON files.
         dropped_steps: how many steps at the start of the run are only in `totals` and `coactivation`.
         unmeasured: routers whose output could not be read, and why.
         meta: what is known of the run.
@@ -259,6 +261,7 @@ class Routes(Routing):
     steps: Ints
     whole: Ints
     coactivation: Ints
+    step_coactivation: Ints
     dropped_steps: int = 0
     unmeasured: dict[str, str] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
@@ -300,9 +303,12 @@ class Routes(Routing):
         dropped = max(0, observed - capacity)
         slots = [number % capacity for number in range(dropped, observed)]
         numbers = [int(steps[slot, NUMBER]) for slot in slots]
+        kept = len(pairs) - 2
+        pages = [number % kept for number in range(max(0, observed - kept), observed)]
         if sums[capacity].any():  # called since the last forward ended
             slots.append(capacity)
             numbers.append(int(control[FORWARDS]))
+            pages.append(kept)
         if not slots:
             raise WrongState("No step was observed yet", "at least one forward", "Run the model first")
         return cls(
@@ -311,7 +317,8 @@ class Routes(Routing):
             layers=[router.name for router in found],
             steps=np.array(numbers, dtype=np.int64),
             whole=sums[-1],
-            coactivation=pairs,
+            coactivation=pairs[-1],
+            step_coactivation=pairs[pages],
             dropped_steps=dropped,
             unmeasured=dict(unmeasured),
             meta=dict(meta),
@@ -358,13 +365,17 @@ class Routes(Routing):
     def _from(cls, arrays: dict[str, Any], header: dict[str, Any]) -> Routes:
         kept = {name: _integers(arrays[name]) for name in ARRAYS}
         layers = [str(name) for name in header["layers"]]
-        if kept["coactivation"].ndim != 3 or kept["steps"].ndim != 1:
+        width = kept["coactivation"].shape[-1] if kept["coactivation"].ndim else 0
+        latest = _integers(arrays.get("step_coactivation", np.zeros((0, len(layers), width, width), dtype=np.int64)))
+        kept["step_coactivation"] = latest
+        if kept["coactivation"].ndim != 3 or kept["steps"].ndim != 1 or latest.ndim != 4:
             raise ValueError("coactivation or steps have the wrong shape")
-        steps, width = len(kept["steps"]), kept["coactivation"].shape[-1]
+        steps = len(kept["steps"])
         shapes = {
             "sums": (steps, len(layers), width + FIELDS),
             "whole": (len(layers), width + FIELDS),
             "coactivation": (len(layers), width, width),
+            "step_coactivation": (min(len(latest), steps), len(layers), width, width),
             "experts": (len(layers),),
             "steps": (steps,),
         }
@@ -382,7 +393,7 @@ class Routes(Routing):
         )
 
     def _arrays(self) -> files.Arrays:
-        return {name: getattr(self, name) for name in ARRAYS}
+        return {name: getattr(self, name) for name in (*ARRAYS, "step_coactivation")}
 
     def _header(self) -> dict[str, Any]:
         names = ("layers", "dropped_steps", "unmeasured", "meta")
@@ -398,7 +409,7 @@ class Routes(Routing):
                 {"layer": layer, **{name: column[index] for name, column in columns.items()}}
                 for index, layer in enumerate(self.layers)
             ],
-            "arrays": {name: array.tolist() for name, array in self._arrays().items()},
+            "arrays": {name: getattr(self, name).tolist() for name in ARRAYS},
         }
 
     # ------------------------------------------------------------ showing

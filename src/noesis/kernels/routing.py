@@ -5,7 +5,7 @@ State of a device, int64, only ever changed in place:
 | tensor | shape | what |
 |---|---|---|
 | `sums` | [capacity + 2, layers, experts + FIELDS] | a slot per step, one for calls between, one for the whole run |
-| `pairs` | [layers, experts, experts] | tokens sent to both experts, over the whole run |
+| `pairs` | [pages + 2, layers, experts, experts] | tokens sent to both experts: latest steps, between, whole run |
 | `last` | [layers, 2 + ROWS] | of the latest call: batch, number of the forward, each row's last first choice |
 
 That is 8 * layers * ((capacity + 2) * (experts + FIELDS) + experts**2 + 2 + ROWS) bytes, and per call scratch
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import register
-from .stepping import ACTIVE, ENABLED, EVERY, FORWARDS, SLOT
+from .stepping import ACTIVE, ENABLED, EVERY, FORWARDS, OBSERVED, SLOT
 
 #: What is summed beside the tokens of each expert: tokens, those whose logits have an entropy, their
 #: entropy, pairs of neighbouring tokens, and those of them whose first choice differs.
@@ -33,6 +33,8 @@ UNIT = 1 << 32
 ROWS = 1024
 #: Numbers of scratch memory that counting may take at a time.
 CHUNK = 1 << 20
+#: Memory for the co-activation of single steps; as many of the latest steps as fit are kept.
+PAIRS_BYTES = 64 << 20
 
 
 def routing_reference(
@@ -53,7 +55,7 @@ def routing_reference(
         batch: sequences in the forward, which follow each other in `indices`; 0 when that is not known.
         layer: which of the routers it is, int64 [].
         sums: int64 [capacity + 2, layers, experts + FIELDS].
-        pairs: int64 [layers, experts, experts].
+        pairs: int64 [pages + 2, layers, experts, experts].
         last: int64 [layers, 2 + ROWS].
         control: int64 [CONTROL], see `stepping`.
     """
@@ -84,7 +86,10 @@ def routing_reference(
 
     sums[slot, layer] += kept * new
     sums[-1][layer] += kept * new
-    pairs[layer] += kept * together
+    pages = pairs.shape[0] - 2
+    page = torch.where(between_steps, pages, (control[OBSERVED] - 1) % pages)
+    pairs[page, layer] += kept * together
+    pairs[-1][layer] += kept * together
     last[layer] = torch.where(kept, latest, last[layer])
 
 
@@ -136,11 +141,14 @@ def _switches(
     return neighbours, switches, latest
 
 
-def begin_reference(sums: Tensor, control: Tensor) -> None:
+def begin_reference(sums: Tensor, pairs: Tensor, control: Tensor) -> None:
     """Start a step, once `stepping` has: it takes over what was called since the last one ended."""
-    slot, pending = control[SLOT].reshape(1), sums[-2:-1]
-    sums[slot] = torch.where(control[ACTIVE] > 0, pending, sums[slot])
-    pending.mul_(control[ENABLED] == 0)
+    active, pages = control[ACTIVE] > 0, pairs.shape[0] - 2
+    page = torch.where(active, (control[OBSERVED] - 1) % pages, pages).reshape(1)
+    for ring, slot in ((sums, control[SLOT].reshape(1)), (pairs, page)):
+        pending = ring[-2:-1]
+        ring[slot] = torch.where(active, pending, ring[slot])
+        pending.mul_(control[ENABLED] == 0)
 
 
 def _routing_cpu(
@@ -163,7 +171,9 @@ register(
     cpu=_routing_cpu,
     anywhere=routing_reference,
 )
-register("begin_routing(Tensor(a!) sums, Tensor control)", cpu=begin_reference, anywhere=begin_reference)
+register(
+    "begin_routing(Tensor(a!) sums, Tensor(b!) pairs, Tensor control)", cpu=begin_reference, anywhere=begin_reference
+)
 
 
 class RouteBank:
@@ -180,14 +190,15 @@ class RouteBank:
         >>> from noesis.kernels.routing import RouteBank
         >>> bank = RouteBank(torch.device("cpu"), layers=2, experts=4, capacity=3)
         >>> bank.sums.shape, bank.pairs.shape
-        (torch.Size([5, 2, 9]), torch.Size([2, 4, 4]))
+        (torch.Size([5, 2, 9]), torch.Size([5, 2, 4, 4]))
     """
 
     def __init__(self, device: torch.device, layers: int, experts: int, capacity: int) -> None:
         # Outside inference mode, whoever calls: inference tensors could not be written to later.
         with torch.inference_mode(False):
             self.sums = torch.zeros(capacity + 2, layers, experts + FIELDS, dtype=torch.int64, device=device)
-            self.pairs = torch.zeros(layers, experts, experts, dtype=torch.int64, device=device)
+            pages = max(1, min(capacity, PAIRS_BYTES // (8 * layers * max(1, experts) ** 2)))
+            self.pairs = torch.zeros(pages + 2, layers, experts, experts, dtype=torch.int64, device=device)
             self.last = torch.zeros(layers, 2 + ROWS, dtype=torch.int64, device=device)
             self.layer = [torch.tensor(index, device=device) for index in range(layers)]
 
@@ -198,9 +209,9 @@ class RouteBank:
     def begin(self, control: Tensor) -> None:
         """A step has begun in the control block of the same device."""
         if torch.compiler.is_compiling():
-            torch.ops.noesis.begin_routing(self.sums, control)
+            torch.ops.noesis.begin_routing(self.sums, self.pairs, control)
         else:
-            begin_reference(self.sums, control)
+            begin_reference(self.sums, self.pairs, control)
 
     def observe(self, logits: Tensor, indices: Tensor, batch: int, layer: int, control: Tensor) -> None:
         """Add a call; see `routing_reference`."""
