@@ -131,14 +131,27 @@ def test_the_picture_is_one(story: Story) -> None:
 def test_what_to_try_next_works(story: Story) -> None:
     lines = story.text[story.text.index("Try next:") :].splitlines()[1:]
     commands = [shlex.split(line) for line in lines]
-    assert [command[0] for command in commands] == ["noesis", "noesis", "python"]
+    assert [Path(command[0]).name for command in commands] == ["noesis", "noesis", "python"]
     for command, expected in zip(commands, ["first divergence: step 0", "layers changed", "192 steps"], strict=True):
-        module = ["-m", "noesis.cli"] if command[0] == "noesis" else []
+        module = ["-m", "noesis.cli"] if Path(command[0]).name == "noesis" else []
         done = subprocess.run(
             [sys.executable, *module, *command[1:]], capture_output=True, text=True, check=False, timeout=120
         )
         assert done.returncode == 0, done.stderr
         assert expected in done.stdout
+
+
+def test_commands_are_those_of_this_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    home = tmp_path / "my env" / "bin"
+    home.mkdir(parents=True)
+    (home / "noesis").touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(home / "python"))
+    monkeypatch.setenv("PATH", "")
+    assert demo.command("noesis") == "'my env/bin/noesis'"
+    assert demo.command("nothing") == "nothing"
+    monkeypatch.setenv("PATH", str(home))
+    assert demo.command("noesis") == "noesis"
 
 
 @pytest.mark.slow

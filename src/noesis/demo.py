@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import shlex
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,10 +158,19 @@ def _tell(training: Digits, held_out: Digits, out: Path, seed: int, epochs: int)
     names = ("healthy.safetensors", "broken.safetensors", "suspect.safetensors", "baseline")
     healthy, broken, suspect, baseline = (f'"{out / name}"' if " " in str(out) else str(out / name) for name in names)
     print("\nTry next:")
-    print(f"  noesis compare {healthy} {broken}")
-    print(f"  noesis compare {healthy} {suspect} --baseline {baseline}")
-    print(f'  python -c "import noesis; print(noesis.Trace.load({str(out / "training.safetensors")!r}))"')
+    noesis, python = command("noesis"), command("python")
+    print(f"  {noesis} compare {healthy} {broken}")
+    print(f"  {noesis} compare {healthy} {suspect} --baseline {baseline}")
+    print(f'  {python} -c "import noesis; print(noesis.Trace.load({str(out / "training.safetensors")!r}))"')
     return findings
+
+
+def command(name: str) -> str:
+    """What to type for a program of this environment, which may not be the activated one."""
+    beside, found = Path(sys.executable).with_name(name), shutil.which(name)
+    if not beside.exists() or (found is not None and Path(found).parent == beside.parent):
+        return name
+    return shlex.quote(os.path.relpath(beside))
 
 
 # ---------------------------------------------------------------- the experiment
