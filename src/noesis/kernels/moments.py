@@ -118,7 +118,7 @@ def observe_cpu(
     slab: NDArray[np.float32],
     control: NDArray[np.int64],
 ) -> None:
-    """The same on the CPU, in blocks that stay in its cache."""
+    """The same on the CPU, in blocks that stay in its cache; `.item()` waits for no device here."""
     _check_room(samples, slab.shape[1] - 1)
     if not control[ACTIVE]:
         return
