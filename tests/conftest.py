@@ -10,6 +10,10 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 
+# Triton decides when a kernel is defined whether it will be compiled or interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(scope="session")
 def data() -> Path:

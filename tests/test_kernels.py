@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import numpy as np
 import pytest
@@ -165,36 +166,69 @@ def test_any_split_has_the_same_moments(values, cuts):
 class State:
     """The tensors of a bank, by hand."""
 
-    def __init__(self, capacity: int = 3, layers: int = 2, samples: int = 0, every: int = 1) -> None:
-        self.slab = torch.zeros(capacity + 1, 1 + samples, layers, rows.SLOTS)
-        self.totals = torch.zeros(1 + samples, layers, stepping.TOTALS, dtype=torch.float64)
-        self.steps = torch.zeros(capacity, stepping.STEP, dtype=torch.float64)
-        self.control = torch.zeros(stepping.CONTROL, dtype=torch.int64)
+    def __init__(
+        self,
+        capacity: int = 3,
+        layers: int = 2,
+        samples: int = 0,
+        every: int = 1,
+        fold: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.slab = torch.zeros(capacity + 1, 1 + samples, layers, rows.SLOTS, device=device)
+        self.totals = torch.zeros(1 + samples, layers, stepping.TOTALS, dtype=torch.float64, device=device)
+        self.steps = torch.zeros(capacity, stepping.STEP, dtype=torch.float64, device=device)
+        self.control = torch.zeros(stepping.CONTROL, dtype=torch.int64, device=device)
         self.control[stepping.EVERY] = every
+        self.control[stepping.FOLD] = fold
         self.control[stepping.SLOT] = capacity
         self.control[stepping.ENABLED] = self.control[stepping.ACTIVE] = 1
 
     def all(self) -> tuple[torch.Tensor, ...]:
         return self.slab, self.totals, self.steps, self.control
 
+    @cached_property
+    def scratch(self) -> torch.Tensor:
+        from noesis.kernels.moments_triton import scratch
 
-def play(state: State, on_cpu: bool, samples: int = 0) -> None:
-    """Nine forwards with several calls, calls between them, and a crash; by either path."""
+        return scratch(self.slab.device)
+
+
+def play(state: State, path: str, samples: int = 0) -> None:
+    """Nine forwards with several calls, calls between them, and a crash; by one of the paths."""
     generator = torch.Generator().manual_seed(3)
-    layer = [torch.tensor(0), torch.tensor(1)]
+    device = state.slab.device
+    layer = [torch.tensor(0, device=device), torch.tensor(1, device=device)]
 
     def observe(index: int, x: torch.Tensor) -> None:
-        if on_cpu:
+        if path == "cpu":
             moments.observe_cpu(x, index, samples, True, state.slab.numpy(), state.control.numpy())
-        else:
+        elif path == "reference":
             moments.observe_reference(x, layer[index], samples, True, state.slab, state.control)
+        else:
+            from noesis.kernels.moments_triton import observe_triton
+
+            observe_triton(x.to(device), layer[index], samples, True, state.slab, state.control, state.scratch)
 
     def begin(number: int) -> None:
-        arguments = (number % 2 - 1, 2, *state.all())
-        if on_cpu:
-            stepping.begin_cpu(float(number), *arguments[:2], *(tensor.numpy() for tensor in state.all()))
+        step = (number % 2 - 1, 2)
+        timestep = torch.tensor(float(number), dtype=torch.float64, device=device)
+        if path == "cpu":
+            stepping.begin_cpu(float(number), *step, *(tensor.numpy() for tensor in state.all()))
+        elif path == "reference":
+            stepping.begin_reference(timestep, *step, *state.all())
         else:
-            stepping.begin_reference(torch.tensor(float(number), dtype=torch.float64), *arguments)
+            from noesis.kernels.stepping_triton import begin_triton
+
+            begin_triton(timestep, *step, *state.all(), state.scratch)
+
+    def end() -> None:
+        if path == "triton":
+            from noesis.kernels.stepping_triton import end_triton
+
+            end_triton(state.control, len(state.steps))
+        else:
+            stepping.end(state.control.numpy() if path == "cpu" else state.control, len(state.steps))
 
     for number in range(9):
         if number in (0, 4):
@@ -204,23 +238,33 @@ def play(state: State, on_cpu: bool, samples: int = 0) -> None:
         if number != 6:  # a crash in forward 6: the rest is missing, and the step never ends
             observe(1, torch.randn(2, 6000, generator=generator) + 1)
             observe(0, torch.randn(4, 5, generator=generator))
-            stepping.end(state.control.numpy() if on_cpu else state.control, len(state.steps))
+            end()
 
 
 @pytest.mark.parametrize("samples", [0, 2])
 @pytest.mark.parametrize("every", [1, 2])
 def test_device_path_and_cpu_path_agree(samples, every):
     cpu, device = State(samples=samples, every=every), State(samples=samples, every=every)
-    play(cpu, True, samples)
-    play(device, False, samples)
+    play(cpu, "cpu", samples)
+    play(device, "reference", samples)
     for one, other, name in zip(cpu.all(), device.all(), ("slab", "totals", "steps", "control"), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
     assert int(cpu.control[stepping.OBSERVED]) == (9 if every == 1 else 5)
 
 
+@pytest.mark.parametrize("samples", [0, 2])
+def test_adding_several_steps_to_the_totals_at_once(samples):
+    one, many = State(samples=samples, capacity=4), State(samples=samples, capacity=4, fold=3)
+    play(one, "cpu", samples)
+    play(many, "cpu", samples)
+    assert (one.control[stepping.FOLDED], many.control[stepping.FOLDED]) == (5, 6)
+    rest = rows.unpack(one.slab[[5 % 4]].numpy(), np.zeros((1, 1 + samples, 2, len(FIELDS))))
+    np.testing.assert_allclose(stepping.add_steps(one.totals.numpy(), rest), many.totals.numpy(), rtol=1e-12)
+
+
 def test_a_step_merges_calls_and_keeps_the_order():
     state = State()
-    play(state, True)
+    play(state, "cpu")
     last = rows.unpack(state.slab[(9 - 1) % 3, 0].numpy(), np.zeros((2, len(FIELDS))))
     assert last[:, CALLS].tolist() == [2, 1]
     assert last[:, ORDER].tolist() == [1, 2]
@@ -242,9 +286,10 @@ def test_the_device_path_never_waits_for_the_device():
 
 def test_registered_ops_pass_torchs_own_checks():
     state = State()
-    x, layer = torch.randn(2, 9), torch.tensor(1)
-    torch.library.opcheck(torch.ops.noesis.moments.default, (x, layer, 0, True, state.slab, state.control))
-    torch.library.opcheck(torch.ops.noesis.begin.default, (torch.zeros((), dtype=torch.float64), 0, 2, *state.all()))
+    x, layer, scratch = torch.randn(2, 9), torch.tensor(1), torch.zeros(1, 1, dtype=torch.int32)
+    torch.library.opcheck(torch.ops.noesis.moments.default, (x, layer, 0, True, state.slab, state.control, scratch))
+    timestep = torch.zeros((), dtype=torch.float64)
+    torch.library.opcheck(torch.ops.noesis.begin.default, (timestep, 0, 2, *state.all(), scratch))
     torch.library.opcheck(torch.ops.noesis.end.default, (state.control, 3))
 
 

@@ -35,6 +35,7 @@ class Site:
         self.timestep: int | None = None  # position of the timestep among the root's arguments
         self.timestep_name = ""
         self.index: int | None = None
+        self.places: list[torch.Tensor] = []  # of this layer, see `Recorder.places`
         self.name = ""
         self.stream: int | None = None
         self.pick: Callable[[Any], Any] | None = None
@@ -44,7 +45,10 @@ class Site:
         """Whether this call is none of ours; compiled code asks the device instead."""
         if torch.compiler.is_compiling():
             return False
-        return self.recorder.paused or recomputing() or torch._C._get_tracing_state() is not None
+        recorder = self.recorder
+        if recorder.paused or (recorder.skipping and not self.root):
+            return True
+        return recomputing() or torch._C._get_tracing_state() is not None
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward of the root starts: find its timestep and its batch."""
@@ -93,8 +97,10 @@ class Site:
             # In compiled code, a note on the host would be guarded and cost a recompile.
             if not torch.compiler.is_compiling():
                 self.recorder.unmeasured[self.name] = f"{reason}, in an output of type {type(output).__name__}"
+        elif torch.compiler.is_compiling():
+            self.recorder.observe_at(x, 0, self.places)  # the index itself would be compiled in
         elif self.index is not None:
-            self.recorder.observe(x.detach(), self.index)
+            self.recorder.observe_at(x, self.index, self.places)
 
     def route(self, output: Any, router: Router) -> None:
         """Look at what a router chose."""
@@ -171,7 +177,7 @@ class Observed:
             site.begin(args, kwargs)
         try:
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
-            if site.index is not None:
+            if site.places and (torch.compiler.is_compiling() or not site.recorder.skipping):
                 site.observe(output)
         finally:
             if site.root:

@@ -19,14 +19,28 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .errors import WrongState
-from .kernels import moments, rows, stepping, undisturbed
+from .kernels import moments, rows, scratch, stepping, undisturbed
 from .kernels.routing import RouteBank
 from .kernels.rows import FIELDS, SLOTS
-from .kernels.stepping import ACTIVE, CONTROL, ENABLED, EVERY, FORWARDS, OBSERVED, SLOT, STEP, TOTALS
+from .kernels.stepping import (
+    ACTIVE,
+    CONTROL,
+    ENABLED,
+    EVERY,
+    FOLD,
+    FOLDED,
+    FORWARDS,
+    OBSERVED,
+    SLOT,
+    STEP,
+    TOTALS,
+)
 from .routes import Router, Routes
 from .trace import Trace, stats_of
 
 Floats = NDArray[np.float64]
+#: Steps that the CPU adds to the totals at a time, once the ring is full.
+FOLD_CPU = 16
 
 
 @dataclass(frozen=True)
@@ -52,10 +66,10 @@ class Bank:
             self.totals = torch.zeros(1 + samples, layers, TOTALS, dtype=wide, device=device)
             self.steps = torch.zeros(capacity, STEP, dtype=wide, device=device)
             self.control = torch.zeros(CONTROL, dtype=torch.int64, device=device)
-            # A tensor per layer: a Python int would make compiled code differ from layer to layer.
-            self.layer = [torch.tensor(index, device=device) for index in range(layers)]
+            self.scratch = scratch(device)
             self.no_timestep = torch.full((), torch.nan, dtype=wide, device=device)
             self.control[EVERY] = every
+            self.control[FOLD] = min(capacity, FOLD_CPU) if device.type == "cpu" else 1
             self.control[SLOT] = capacity
             self.control[ENABLED] = self.control[ACTIVE] = 1
             self._view()
@@ -92,29 +106,34 @@ class Bank:
             stepping.begin_cpu(np.nan if timestep is None else float(timestep), branch, batch, *self.arrays)
             return
         if isinstance(timestep, Tensor):
-            value = timestep.to(self.no_timestep.dtype)
+            value = timestep if timestep.device == self.device else timestep.to(self.device)
         elif timestep is None:
             value = self.no_timestep
         else:
             # Not torch.full, of which compiled code would make one graph per value.
             value = torch.zeros((), dtype=self.no_timestep.dtype, device=self.device) + timestep
-        torch.ops.noesis.begin(value, branch, batch, self.slab, self.totals, self.steps, self.control)
+        begin = torch.ops.noesis.begin if torch.compiler.is_compiling() else stepping.begin_anywhere
+        begin(value, branch, batch, self.slab, self.totals, self.steps, self.control, self.scratch)
 
     def end(self) -> None:
         """End a step: what is called from now on belongs to the next one."""
-        if self.arrays is not None and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            torch.ops.noesis.end(self.control, self.capacity)
+        elif self.arrays is not None:
             stepping.end(self.arrays[3], self.capacity)
         else:
-            torch.ops.noesis.end(self.control, self.capacity)
+            stepping.end_anywhere(self.control, self.capacity)
 
-    def observe(self, x: Tensor, layer: int, samples: int, count_zeros: bool) -> None:
+    def observe(self, x: Tensor, index: int, layer: Tensor, samples: int, count_zeros: bool) -> None:
         """Merge a tensor into a layer's row: the op in compiled code, else the kernel itself."""
         if torch.compiler.is_compiling():
-            torch.ops.noesis.moments(x, self.layer[layer], samples, count_zeros, self.slab, self.control)
+            torch.ops.noesis.moments(
+                x.detach(), layer, samples, count_zeros, self.slab, self.control, self.scratch
+            )  # fmt: skip
         elif self.arrays is not None:
-            moments.observe_cpu(x, layer, samples, count_zeros, self.arrays[0], self.arrays[3])
+            moments.observe_cpu(x.detach(), index, samples, count_zeros, self.arrays[0], self.arrays[3])
         else:
-            moments.observe_reference(x, self.layer[layer], samples, count_zeros, self.slab, self.control)
+            moments.observe_anywhere(x, layer, samples, count_zeros, self.slab, self.control, self.scratch)
 
     def switch(self, enabled: bool) -> None:
         """Set the flags that the kernels look at."""
@@ -140,10 +159,10 @@ class Bank:
 
     def clear(self) -> None:
         """Forget all steps; the tensors stay where compiled code and graphs know them."""
-        every, enabled = self.control[EVERY].clone(), self.control[ENABLED].clone()
+        every, enabled, fold = self.control[[EVERY, ENABLED, FOLD]]
         for tensor in (self.slab, self.totals, self.steps, self.control):
             tensor.zero_()
-        self.control[EVERY], self.control[SLOT] = every, self.capacity
+        self.control[EVERY], self.control[FOLD], self.control[SLOT] = every, fold, self.capacity
         self.control[ENABLED] = self.control[ACTIVE] = enabled
         if self.routes is not None:
             self.routes.clear()
@@ -185,7 +204,13 @@ class Recorder:
         self.count_zeros = "zeros" in stats
         self.per_sample = samples > 0
         self.banks = [Bank(device, len(names), capacity, samples, every)]
+        # A tensor per layer and bank: a Python int would make compiled code differ from layer to layer.
+        self.places: list[list[Tensor]] = [[place] for place in _places(device, len(names))]
+        self.every = every
         self.paused = False
+        self.forwards = 0  # that the host has begun, to leave out what `every` leaves out without asking the device
+        self.skipping = False  # inside a forward that `every` leaves out
+        self.on_device = False  # whether forwards may run that the host does not see: compiled, or in a CUDA graph
         self.batch: int | None = None  # of the forward that is running; None between forwards
         self.branches: list[str] = []
         self.branch: str | None = None
@@ -208,6 +233,10 @@ class Recorder:
         """A forward of the root starts."""
         if self.per_sample or self.routers:
             self.batch = batch
+        if torch.compiler.is_compiling():
+            self.on_device = True
+        elif self.every > 1:
+            self.skipping = self._leaves_out()
         name = self.branch
         if name is None and not torch.compiler.is_compiling() and self.branch_of is not None:
             name = self.branch_of(batch)
@@ -224,16 +253,23 @@ class Recorder:
 
     def end(self) -> None:
         """A forward of the root is over."""
+        if not torch.compiler.is_compiling():
+            self.skipping = False
         if self.per_sample or self.routers:
             self.batch = None
         for bank in self.banks:
             bank.end()
 
-    def observe(self, x: Tensor, layer: int) -> None:
-        """Merge what `x` holds into the layer's row of the current step."""
-        bank = self.bank(x.device)
+    def observe(self, x: Tensor, index: int) -> None:
+        """Merge what `x` holds into the row of layer `index` of the current step."""
+        self.observe_at(x, index, self.places[index])
+
+    def observe_at(self, x: Tensor, index: int, places: list[Tensor]) -> None:
+        """The same for `places[index]`, which compiled code must not look up: it would differ by layer."""
+        position = self._position(x.device)
+        bank, place = self.banks[position], places[position]
         samples = self._samples(x, bank) if self.per_sample else 0
-        bank.observe(x, layer, samples, self.count_zeros)
+        bank.observe(x, index, place, samples, self.count_zeros)
 
     def route(self, logits: Tensor, indices: Tensor, router: int) -> None:
         """Count where a router sent its tokens."""
@@ -243,11 +279,25 @@ class Recorder:
 
     def bank(self, device: torch.device) -> Bank:
         """The bank of a device, made when the first layer runs there."""
-        for bank in self.banks:
+        return self.banks[self._position(device)]
+
+    def _position(self, device: torch.device) -> int:
+        for position, bank in enumerate(self.banks):
             if bank.device == device:
-                return bank
+                return position
         self.banks.append(self.banks[0].beside(device))
-        return self.banks[-1]
+        for places, place in zip(self.places, _places(device, len(self.names)), strict=True):
+            places.append(place)
+        for bank in self.banks:
+            bank.control[FOLD] = 1  # the totals of all hold the same steps
+        return len(self.banks) - 1
+
+    def _leaves_out(self) -> bool:
+        """Whether this forward is none of the n-th, as far as the host can know."""
+        if any(bank.device.type == "cuda" for bank in self.banks) and torch.cuda.is_current_stream_capturing():
+            self.on_device = True  # a graph asks the device at every replay
+        self.forwards += 1
+        return not self.on_device and (self.forwards - 1) % self.every != 0
 
     def _samples(self, x: Tensor, bank: Bank) -> int:
         """How many samples `x` can be told apart into; 0 when its first dimension is not of the batch."""
@@ -275,6 +325,7 @@ class Recorder:
         with undisturbed():
             for bank in self.banks:
                 bank.clear()
+        self.forwards = 0
         self.unmeasured.clear()
         self.unrouted.clear()
         self.branches.clear()
@@ -307,15 +358,16 @@ class Recorder:
         _, _, steps, control = fetched[0]
         for _, _, others, _ in fetched[1:]:  # each forward's timestep is on the bank of its device
             steps = np.where(np.isnan(steps), others, steps)
-        capacity, observed = len(steps), int(control[OBSERVED])
+        capacity, observed, folded = len(steps), int(control[OBSERVED]), int(control[FOLDED])
         dropped = max(0, observed - capacity)
         slots = [number % capacity for number in range(dropped, observed)]
         if every_row[capacity, ..., rows.CALLS].any():  # called since the last forward ended
             slots.append(capacity)
             steps = np.concatenate([steps, [[control[FORWARDS], np.nan, -1, 0]]])
         held = every_row[slots]
-        for step in held:
-            totals = stepping.add_step(totals, stepping.with_whole(step))
+        fresh = max(0, folded - dropped)
+        totals = stepping.add_steps(totals, held[fresh:])
+        stepping.with_whole(held[:fresh].swapaxes(0, 1))
         return Reading(steps[slots], held, totals, dropped, int(control[FORWARDS]))
 
     def routes(self) -> Routes:
@@ -358,6 +410,11 @@ class Recorder:
             used = (reading.totals[1:, :, stepping.STEPS] > 0).any(1).sum()
             whole.samples = [one(1 + sample) for sample in range(int(used))]
         return whole
+
+
+def _places(device: torch.device, layers: int) -> list[Tensor]:
+    with undisturbed(), torch.inference_mode(False):
+        return [torch.tensor(index, device=device) for index in range(layers)]
 
 
 def _padded(array: Floats, axis: int, length: int) -> Floats:

@@ -136,7 +136,7 @@ def _observe(
     by_name = {router.name: router for router in recorder.routers}
     for index, (name, module) in enumerate(chosen):
         _, site = sites.setdefault(id(module), (module, Site(recorder)))
-        site.index, site.name = index, name
+        site.index, site.name, site.places = index, name, recorder.places[index]
         site.pick, site.stream = output, stream_index(module)
         site.router = by_name.get(name)
     done: list[nn.Module] = []

@@ -5,11 +5,14 @@ moves the ring of steps. Each operation has a path of plain torch ops that never
 device, and a CPU path; a Triton kernel takes its place beside them.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from loguru import logger
 from torch.utils._python_dispatch import _disable_current_modes
 
 LIBRARY = torch.library.Library("noesis", "FRAGMENT")
@@ -25,6 +28,26 @@ def register(schema: str, *, cpu: Callable[..., None], anywhere: Callable[..., N
     LIBRARY.impl(name, _unless_recomputing(cpu), "CPU")
     LIBRARY.impl(name, _unless_recomputing(anywhere), "CompositeExplicitAutograd")
     torch.library.register_fake(f"noesis::{name}", _nothing, lib=LIBRARY)
+
+
+@functools.cache
+def has_triton(device: torch.device) -> bool:
+    """Whether the Triton kernels serve this device; elsewhere plain torch ops do, at many launches a layer."""
+    if device.type != "cuda":
+        return False
+    if find_spec("triton") is None:
+        logger.warning("triton is not installed: observing on {} will cost many small kernels per layer", device)
+        return False
+    return True
+
+
+def scratch(device: torch.device) -> torch.Tensor:
+    """What the kernels of a device need beside the state, made when wrapping."""
+    if not has_triton(device):
+        return torch.zeros(1, 1, dtype=torch.int32, device=device)
+    from .moments_triton import scratch
+
+    return scratch(device)
 
 
 def recomputing() -> bool:

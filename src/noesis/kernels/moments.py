@@ -1,14 +1,16 @@
 """The moments of a tensor, merged into its layer's row of the current step.
 
-Three doors with one meaning: a reference in torch ops that never waits for the device, a
-cache-blocked path for the CPU, and `torch.ops.noesis.moments` for compiled code. The Triton kernel
-for CUDA goes here.
+Doors with one meaning: a reference in torch ops that never waits for the device, a cache-blocked
+path for the CPU, the Triton kernel (in `moments_triton`, which is imported late), and
+`torch.ops.noesis.moments` for compiled code.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import BadValue
-from . import register, rows
+from . import has_triton, register, rows
 from .rows import BASE, CALLS, COUNTS, FIELDS, ORDER
 from .stepping import ACTIVE, SEQUENCE, SLOT
 
@@ -31,6 +33,8 @@ CHUNK = 1 << 22
 SHORT = 1 << 12
 #: Below this, squares in float32 lose digits to underflow.
 _TINY = 1e-30
+#: What the Triton kernel reads; the reference has the others.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BUFFERS = threading.local()
 
 
@@ -261,12 +265,33 @@ def _by_sample(x: Tensor, samples: int) -> Tensor:
 # ---------------------------------------------------------------- registered op
 
 
-def _op_cpu(x: Tensor, layer: Tensor, samples: int, count_zeros: bool, slab: Tensor, control: Tensor) -> None:
+def observe_anywhere(
+    x: Tensor, layer: Tensor, samples: int, count_zeros: bool, slab: Tensor, control: Tensor, scratch: Tensor
+) -> None:
+    """Merge the moments of `x` into the slab: by the Triton kernel where there is one for this device and dtype."""
+    if x.dtype in DTYPES and has_triton(x.device):
+        _check_room(samples, slab.shape[1] - 1)
+        _triton()(x, layer, samples, count_zeros, slab, control, scratch)
+    else:
+        observe_reference(x.detach(), layer, samples, count_zeros, slab, control)
+
+
+@functools.cache
+def _triton() -> Callable[..., None]:
+    from .moments_triton import observe_triton
+
+    return observe_triton
+
+
+def _op_cpu(
+    x: Tensor, layer: Tensor, samples: int, count_zeros: bool, slab: Tensor, control: Tensor, _scratch: Tensor
+) -> None:
     observe_cpu(x, int(layer), samples, count_zeros, slab.numpy(), control.numpy())
 
 
 register(
-    "moments(Tensor x, Tensor layer, SymInt samples, bool count_zeros, Tensor(a!) slab, Tensor(b!) control)",
+    "moments(Tensor x, Tensor layer, SymInt samples, bool count_zeros, "
+    "Tensor(a!) slab, Tensor(b!) control, Tensor(c!) scratch)",
     cpu=_op_cpu,
-    anywhere=observe_reference,
+    anywhere=observe_anywhere,
 )
