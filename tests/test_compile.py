@@ -134,11 +134,106 @@ def test_inductor():
     assert len(wrapped.trace()) == 3
 
 
-def test_export():
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_model_is_the_bare_one(strict):
+    """It may run where there is no noesis, so nothing of it is in there; the model stays observed."""
     wrapped = noesis.wrap(small(), layers="all")
     x = torch.randn(4, 8)
-    program = torch.export.export(wrapped.model, (x,))
+    program = torch.export.export(wrapped.model, (x,), strict=strict)
+    bare = torch.export.export(small(), (x,), strict=strict)
+    targets = [[str(node.target) for node in each.graph.nodes] for each in (program, bare)]
+    assert targets[0] == targets[1]
+    assert not any("noesis" in target for target in targets[0])
     assert torch.equal(program.module()(x), wrapped(x))
+    assert len(wrapped.trace()) == 1
+
+
+class Block(nn.Module):
+    """One of a repeated kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + torch.nn.functional.gelu(self.linear(x))
+
+
+@pytest.mark.parametrize("order", ["wrap then compile", "compile then wrap"])
+def test_blocks_compiled_one_by_one_share_one_graph(order):
+    """What diffusers calls regional compilation."""
+    x = torch.randn(4, 8, requires_grad=True)  # as what comes out of a block does
+    model = nn.Sequential(*[Block() for _ in range(6)])
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def compile_blocks():
+        for block in model:
+            block.compile(fullgraph=True, backend=counter)
+
+    if order == "wrap then compile":
+        wrapped = noesis.wrap(model, layers="blocks")
+        compile_blocks()
+    else:
+        compile_blocks()
+        model(x)
+        wrapped = noesis.wrap(model, layers="blocks")
+    for _ in range(3):
+        wrapped(x)
+    assert counter.frame_count == (1 if order == "wrap then compile" else 2)
+    trace = wrapped.trace()
+    assert trace.calls.tolist() == [[1] * 6] * 3
+    eager = copy.deepcopy(model)
+    for block in eager:
+        block._compiled_call_impl = None
+    fresh = noesis.wrap(noesis.wrap(eager, layers="blocks").unwrap(), layers="blocks")
+    fresh(x)
+    np.testing.assert_allclose(trace.values[-1], fresh.trace().values[0], rtol=1e-6, atol=1e-7)
+
+
+def test_a_hundred_steps_through_train_and_eval_with_changing_every():
+    wrapped = noesis.wrap(nn.Sequential(small(), nn.Dropout(0.5)), layers="all", every=2)
+    call, counter = compiled(wrapped.model)
+    x = torch.randn(4, 8)
+    observed = []
+    for step in range(100):
+        if step == 30:
+            wrapped.every = 5
+        if step == 50:
+            wrapped.eval()
+        call(x)
+        if step % (2 if step < 30 else 5) == 0:
+            observed.append(step)
+    assert counter.frame_count == 2  # train and eval once each
+    assert wrapped.trace().steps.tolist() == observed
+
+
+def test_eager_and_compiled_forwards_count_together():
+    """The host does not see compiled forwards; the device counts all."""
+    x = torch.randn(4, 8)
+    wrapped = noesis.wrap(small(), layers="all", every=3)
+    call, _ = compiled(wrapped.model)
+    for step in range(12):
+        (wrapped if step in (0, 1, 5, 6, 7) else call)(x)
+    trace = wrapped.trace()
+    assert trace.steps.tolist() == [0, 3, 6, 9]
+    assert (trace.calls == 1).all()
+
+
+def test_the_state_stays_where_it_is_for_cuda_graphs():
+    """Inputs that a graph writes to make torch give up CUDA graphs, unless they are marked so."""
+    marked = []
+
+    def backend(graph, _inputs):
+        nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        for node in nodes:
+            if "noesis" in node.name:
+                marked.append((node.name, node.meta["tensor_dict"].get("_dynamo_static_input_type")))
+        return graph.forward
+
+    wrapped = noesis.wrap(nn.Sequential(nn.Linear(8, 8)), layers="all")
+    torch.compile(wrapped.model, backend=backend, fullgraph=True)(torch.randn(4, 8))
+    assert len(marked) >= 7
+    assert {how for _, how in marked} == {"unguarded"}, marked
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # from Dynamo itself

@@ -1,12 +1,21 @@
-"""On a CUDA device: no host sync, the right rows, bitwise equal outputs. `pytest -m gpu`."""
+"""On a CUDA device: no host sync, the right rows, bitwise equal outputs, graphs. `pytest -m gpu`.
+
+The kernels themselves are compared with float64 in `test_triton.py`, natively where there is a device.
+"""
 
 from __future__ import annotations
 
 import copy
+import shutil
+import subprocess
+import sys
+import textwrap
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 import noesis
 
@@ -24,6 +33,21 @@ def _cuda():
 def model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 5))
+
+
+def captured(wrapped: noesis.Wrapped, x: torch.Tensor) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of a forward, after three to warm up."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                wrapped(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            wrapped(x)
+    return graph
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -60,17 +84,163 @@ def test_fifty_steps_without_a_host_sync():
 def test_a_captured_graph_goes_on_recording():
     wrapped = noesis.wrap(model().cuda().eval(), layers="all")
     x = torch.randn(4, 3, 16, 16, device="cuda")
-    stream = torch.cuda.Stream()
-    with torch.no_grad(), torch.cuda.stream(stream):
-        for _ in range(3):
-            wrapped(x)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        wrapped(x)
+    graph = captured(wrapped, x)
     for scale in (1.0, 2.0):
         x.fill_(scale)
         graph.replay()
     trace = wrapped.trace()
     assert len(trace) == 5
     assert trace["mean"][3, 0] != trace["mean"][4, 0]
+
+
+@pytest.mark.slow
+def test_twenty_thousand_replays_without_a_wrong_row():
+    """Large and small outputs: several programs with a ticket, and one alone."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(512, 4096), nn.GELU(), nn.Linear(4096, 64)).cuda().half().eval()
+    wrapped = noesis.wrap(net, layers="all", capacity=1000)
+    x = torch.randn(2048, 512, device="cuda", dtype=torch.float16)
+    graph = captured(wrapped, x)
+    expected = wrapped.trace().values[0]
+    for _ in range(20):
+        for _ in range(1000):
+            graph.replay()
+        trace = wrapped.trace()
+        assert (trace.values == expected).all()
+        assert (trace.calls == 1).all()
+    assert trace.steps[-1] == 20_002
+    # The totals hold them all: 3 warm-up forwards and 20,000 replays.
+    count = trace.stats.index("count")
+    np.testing.assert_array_equal(trace.totals[:, count], 20_003 * expected[:, count])
+
+
+def test_every_and_paused_reach_a_captured_graph():
+    wrapped = noesis.wrap(model().cuda().eval(), layers="all", every=4)
+    graph = captured(wrapped, torch.randn(4, 3, 16, 16, device="cuda"))  # after forwards 0, 1 and 2
+    for _ in range(8):  # 3 to 10
+        graph.replay()
+    with wrapped.paused():
+        graph.replay()
+    wrapped.every = 3
+    for _ in range(4):  # 11 to 14
+        graph.replay()
+    assert wrapped.trace().steps.tolist() == [0, 4, 8, 12]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled(mode):
+    bare, net = model().cuda().eval(), model().cuda().eval()
+    wrapped = noesis.wrap(net, layers="all", capacity=64)
+    torch._dynamo.reset()
+    counters.clear()
+    reference, call = (torch.compile(each, fullgraph=True, mode=mode) for each in (bare, net))
+    torch.cuda.synchronize()
+    with torch.no_grad():
+        for step in range(50):
+            x = torch.randn(4, 3, 16, 16, device="cuda")
+            assert torch.equal(reference(x).clone(), call(x).clone()), step
+    assert counters["stats"]["unique_graphs"] == 2  # one for each model
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    trace = wrapped.trace()
+    assert trace.calls.tolist() == [[1] * 5] * 50
+    eager = noesis.wrap(copy.deepcopy(bare), layers="all")
+    with torch.no_grad():
+        eager(x)
+    np.testing.assert_allclose(trace.values[-1], eager.trace().values[0], rtol=1e-4, atol=1e-5)
+
+
+def test_layers_on_two_streams():
+    class Forked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(1024, 4096), nn.Linear(1024, 4096)
+            self.side = torch.cuda.Stream()
+
+        def forward(self, x):
+            self.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side):
+                right = self.right(x)
+            left = self.left(x)
+            torch.cuda.current_stream().wait_stream(self.side)
+            return left, right
+
+    net = Forked().cuda()
+    wrapped = noesis.wrap(net, layers="linear", capacity=500)
+    x = torch.randn(4096, 1024, device="cuda")
+    with torch.no_grad():
+        for _ in range(500):
+            wrapped(x)
+        left, right = wrapped(x)
+    values = wrapped.trace().values
+    assert (values == values[:1]).all()
+    assert values[0, :, wrapped.trace().stats.index("mean")] == pytest.approx(
+        [left.double().mean().item(), right.double().mean().item()], abs=1e-6
+    )
+
+
+def test_rows_are_bitwise_equal_over_runs():
+    x = torch.randn(64, 3, 16, 16, device="cuda")
+    runs = []
+    for _ in range(5):
+        wrapped = noesis.wrap(model().cuda(), layers="all", per_sample=64)
+        for _ in range(10):
+            wrapped(x)
+        runs.append(wrapped.trace())
+    for run in runs[1:]:
+        assert (run.values == runs[0].values).all()
+        for one, other in zip(run.samples, runs[0].samples, strict=True):
+            assert (one.values == other.values).all()
+
+
+def test_more_elements_than_an_int_holds():
+    size = 2**31 + 12_345
+    if torch.cuda.mem_get_info()[0] < 3 * size:
+        pytest.skip("needs 6 GB of free device memory")
+    x = torch.zeros(size, device="cuda", dtype=torch.float16)
+    x[-1], x[2**31 - 1], x[0] = -3.0, 5.0, float("nan")
+    wrapped = noesis.wrap(nn.Sequential(nn.Identity()), layers="0", stats=["zeros"])
+    wrapped.model.cuda()(x)
+    row = wrapped.trace().values[0, 0]
+    assert row[[0, 4, 5, 6, 7]].tolist() == [size - 1, -3.0, 5.0, 1, size - 3]
+
+
+def test_memory_added_is_the_state_alone():
+    net = model().cuda().eval()
+    x = torch.randn(4, 3, 16, 16, device="cuda")
+    with torch.no_grad():
+        net(x)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        net(x)
+        bare = torch.cuda.max_memory_allocated()
+        wrapped = noesis.wrap(net, layers="all")
+        wrapped(x)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        wrapped(x)
+        added = torch.cuda.max_memory_allocated() - bare
+    assert added < 4 << 20
+
+
+@pytest.mark.slow
+def test_no_invalid_access_and_no_race():
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("needs compute-sanitizer")
+    program = textwrap.dedent("""
+        import torch, noesis
+        net = torch.nn.Sequential(torch.nn.Linear(64, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 3)).cuda()
+        wrapped = noesis.wrap(net, layers="all", stats=["zeros"], per_sample=3, capacity=2)
+        for _ in range(4):
+            wrapped(torch.randn(96, 64, device="cuda"))
+            wrapped(torch.randn(3, 64, device="cuda"))
+        wrapped.trace()
+    """)
+    for tool in ("memcheck", "racecheck"):
+        done = subprocess.run(
+            [sanitizer, "--tool", tool, "--kernel-regex", "kns=_kernel", "--error-exitcode", "9",
+             sys.executable, "-c", program],
+            capture_output=True, text=True, check=False, timeout=280,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-3000:]

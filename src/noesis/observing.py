@@ -34,8 +34,8 @@ class Site:
         self.root = False
         self.timestep: int | None = None  # position of the timestep among the root's arguments
         self.timestep_name = ""
-        self.index: int | None = None
-        self.places: list[torch.Tensor] = []  # of this layer, see `Recorder.places`
+        self.index = -1  # in the recorder; only the root may have none
+        self.places: list[Tensor] = []  # see `Recorder.places`; empty without an index
         self.name = ""
         self.stream: int | None = None
         self.pick: Callable[[Any], Any] | None = None
@@ -43,8 +43,6 @@ class Site:
 
     def skips(self) -> bool:
         """Whether this call is none of ours; compiled code asks the device instead."""
-        if torch.compiler.is_compiling():
-            return False
         recorder = self.recorder
         if recorder.paused or (recorder.skipping and not self.root):
             return True
@@ -75,9 +73,6 @@ class Site:
 
     def observe(self, output: Any) -> None:
         """Look at what the module returned."""
-        if torch.compiler.is_compiling():
-            self.look(output)
-            return
         try:
             if disturbed():
                 with undisturbed():
@@ -93,23 +88,37 @@ class Site:
             self.route(output, self.router)
         x: Any = hidden_state(output, self.stream) if self.pick is None else self.pick(output)
         reason = unmeasurable(x)
-        if reason is not None:
-            # In compiled code, a note on the host would be guarded and cost a recompile.
-            if not torch.compiler.is_compiling():
-                self.recorder.unmeasured[self.name] = f"{reason}, in an output of type {type(output).__name__}"
-        elif torch.compiler.is_compiling():
-            self.recorder.observe_at(x, 0, self.places)  # the index itself would be compiled in
-        elif self.index is not None:
-            self.recorder.observe_at(x, self.index, self.places)
+        if reason is None:
+            self.recorder.observe(x, self.index, self.places)
+        else:
+            self.recorder.unmeasured[self.name] = f"{reason}, in an output of type {type(output).__name__}"
+
+    def emit(self, output: Any) -> None:
+        """`look` in compiled code, which sees shapes and layouts only: the data comes later.
+
+        What cannot be measured is not noted, since a note on the host would be guarded and cost a recompile.
+        """
+        if self.router is not None:
+            self.route(output, self.router)
+        x: Any = hidden_state(output, self.stream) if self.pick is None else self.pick(output)
+        if isinstance(x, Tensor) and x.is_floating_point():
+            self.recorder.emit(x, self.places)
 
     def route(self, output: Any, router: Router) -> None:
         """Look at what a router chose."""
         found = router.read(output)
-        reason = unmeasurable(found[0]) if isinstance(found, tuple) else found
+        compiling = torch.compiler.is_compiling()
+        reason = found if not isinstance(found, tuple) else None if compiling else unmeasurable(found[0])
         if reason is not None:
             self.recorder.unrouted[self.name] = reason
         elif isinstance(found, tuple):
             self.recorder.route(*found, router.index)
+
+
+def exporting() -> bool:
+    """Whether `torch.export` looks: what it writes runs where there is no noesis, and is not observed."""
+    asked: Callable[[], bool] | None = getattr(torch.compiler, "is_exporting", None)  # torch 2.7
+    return asked is not None and asked()
 
 
 def is_number(timestep: Any) -> bool:
@@ -133,8 +142,6 @@ def unmeasurable(x: Any) -> str | None:
     """Why a hidden state cannot be measured, or None if it can."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return "no floating tensor"
-    if torch.compiler.is_compiling():
-        return None  # shapes and layouts only; the data comes later
     if x.is_nested or x.layout != torch.strided:
         return "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
     if x.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(x):
@@ -171,14 +178,18 @@ class Observed:
         if not isinstance(self, Observed):  # unwrapped since; torch.compile keeps a bound `__call__`
             return type(self).__call__(self, *args, **kwargs)
         site = self._noesis
-        if site is None or site.skips():
+        compiling = torch.compiler.is_compiling()
+        if site is None or (exporting() if compiling else site.skips()):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         if site.root:
             site.begin(args, kwargs)
         try:
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
-            if site.places and (torch.compiler.is_compiling() or not site.recorder.skipping):
-                site.observe(output)
+            if site.places:
+                if compiling:
+                    site.emit(output)
+                elif not site.recorder.skipping:
+                    site.observe(output)
         finally:
             if site.root:
                 site.end()

@@ -72,6 +72,8 @@ class Bank:
             self.control[FOLD] = min(capacity, FOLD_CPU) if device.type == "cpu" else 1
             self.control[SLOT] = capacity
             self.control[ENABLED] = self.control[ACTIVE] = 1
+            for tensor in (self.slab, self.totals, self.steps, self.control, self.scratch, self.no_timestep):
+                _stays(tensor)
             self._view()
         self.active_before: Tensor | int = 1
         self.routes: RouteBank | None = None
@@ -124,16 +126,16 @@ class Bank:
         else:
             stepping.end_anywhere(self.control, self.capacity)
 
-    def observe(self, x: Tensor, index: int, layer: Tensor, samples: int, count_zeros: bool) -> None:
-        """Merge a tensor into a layer's row: the op in compiled code, else the kernel itself."""
-        if torch.compiler.is_compiling():
-            torch.ops.noesis.moments(
-                x.detach(), layer, samples, count_zeros, self.slab, self.control, self.scratch
-            )  # fmt: skip
-        elif self.arrays is not None:
+    def observe(self, x: Tensor, index: int, place: Tensor, samples: int, count_zeros: bool) -> None:
+        """Merge a tensor into the row of layer `index`, which `place` holds on the device."""
+        if self.arrays is not None:
             moments.observe_cpu(x.detach(), index, samples, count_zeros, self.arrays[0], self.arrays[3])
         else:
-            moments.observe_anywhere(x, layer, samples, count_zeros, self.slab, self.control, self.scratch)
+            moments.observe_anywhere(x, place, samples, count_zeros, self.slab, self.control, self.scratch)
+
+    def emit(self, x: Tensor, place: Tensor, samples: int, count_zeros: bool) -> None:
+        """The same in compiled code."""
+        torch.ops.noesis.moments(x.detach(), place, samples, count_zeros, self.slab, self.control, self.scratch)
 
     def switch(self, enabled: bool) -> None:
         """Set the flags that the kernels look at."""
@@ -154,7 +156,7 @@ class Bank:
                 shape[dim] = 1 + samples
                 new = torch.zeros(shape, dtype=old.dtype, device=old.device)
                 new.narrow(dim, 0, old.shape[dim]).copy_(old)
-                setattr(self, name, new)
+                setattr(self, name, _stays(new))
         self._view()
 
     def clear(self) -> None:
@@ -235,7 +237,7 @@ class Recorder:
             self.batch = batch
         if torch.compiler.is_compiling():
             self.on_device = True
-        elif self.every > 1:
+        else:
             self.skipping = self._leaves_out()
         name = self.branch
         if name is None and not torch.compiler.is_compiling() and self.branch_of is not None:
@@ -260,16 +262,19 @@ class Recorder:
         for bank in self.banks:
             bank.end()
 
-    def observe(self, x: Tensor, index: int) -> None:
-        """Merge what `x` holds into the row of layer `index` of the current step."""
-        self.observe_at(x, index, self.places[index])
-
-    def observe_at(self, x: Tensor, index: int, places: list[Tensor]) -> None:
-        """The same for `places[index]`, which compiled code must not look up: it would differ by layer."""
+    def observe(self, x: Tensor, index: int, places: list[Tensor]) -> None:
+        """Merge what `x` holds into the row of layer `index` of the current step; `places` is `places[index]`."""
         position = self._position(x.device)
-        bank, place = self.banks[position], places[position]
+        bank = self.banks[position]
         samples = self._samples(x, bank) if self.per_sample else 0
-        bank.observe(x, index, place, samples, self.count_zeros)
+        bank.observe(x, index, places[position], samples, self.count_zeros)
+
+    def emit(self, x: Tensor, places: list[Tensor]) -> None:
+        """The same in compiled code, which must not know the index: it would differ from layer to layer."""
+        position = self._position(x.device)
+        bank = self.banks[position]
+        samples = self._samples(x, bank) if self.per_sample else 0
+        bank.emit(x, places[position], samples, self.count_zeros)
 
     def route(self, logits: Tensor, indices: Tensor, router: int) -> None:
         """Count where a router sent its tokens."""
@@ -296,8 +301,8 @@ class Recorder:
         """Whether this forward is none of the n-th, as far as the host can know."""
         if any(bank.device.type == "cuda" for bank in self.banks) and torch.cuda.is_current_stream_capturing():
             self.on_device = True  # a graph asks the device at every replay
-        self.forwards += 1
-        return not self.on_device and (self.forwards - 1) % self.every != 0
+        number, self.forwards = self.forwards, self.forwards + 1
+        return not self.on_device and number % self.every != 0
 
     def _samples(self, x: Tensor, bank: Bank) -> int:
         """How many samples `x` can be told apart into; 0 when its first dimension is not of the batch."""
@@ -319,6 +324,13 @@ class Recorder:
         with undisturbed():
             for bank in self.banks:
                 bank.switch(not paused)
+
+    def set_every(self, every: int) -> None:
+        """Observe every n-th forward from now on; compiled code and graphs read it on the device."""
+        self.every = every
+        with undisturbed():
+            for bank in self.banks:
+                bank.control[EVERY] = every
 
     def reset(self, meta: dict[str, Any]) -> None:
         """Forget the run and start another one."""
@@ -414,7 +426,16 @@ class Recorder:
 
 def _places(device: torch.device, layers: int) -> list[Tensor]:
     with undisturbed(), torch.inference_mode(False):
-        return [torch.tensor(index, device=device) for index in range(layers)]
+        return [_stays(torch.tensor(index, device=device)) for index in range(layers)]
+
+
+def _stays(tensor: Tensor) -> Tensor:
+    """Tell compiled code that a tensor stays where it is, so that CUDA graphs write to it and do not copy it.
+
+    As `torch._dynamo.mark_static_address`, which to import costs seconds.
+    """
+    tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+    return tensor
 
 
 def _padded(array: Floats, axis: int, length: int) -> Floats:

@@ -51,7 +51,7 @@ def wrap(
             any of `"zeros"` (number of zero elements) and `"rms"` (root mean square).
         per_sample: keep a row per batch element too. An int is the largest batch there will be,
             which compiled code has to know; eager code makes room as needed.
-        every: observe every n-th forward.
+        every: observe every n-th forward; `wrapped.every` changes it later.
         capacity: steps the ring holds; totals and soulprint cover the whole run regardless.
         output: picks the tensor to measure from what a layer returns; by default its hidden state,
             that is the first floating tensor, or the image stream of dual-stream blocks.
@@ -192,6 +192,21 @@ class Wrapped(nn.Module):
         """Names of the observed layers, in the order of `named_modules()`."""
         return list(self._recorder.names)
 
+    @property
+    def every(self) -> int:
+        """Every n-th forward is observed; may be set at any time, and recompiles nothing.
+
+        Raises:
+            NoesisError: when set to less than 1.
+        """
+        every: int = self._recorder.every
+        return every
+
+    @every.setter
+    def every(self, every: int) -> None:
+        _check_numbers(every=every)
+        self._recorder.set_every(every)
+
     def trace(self) -> Trace:
         """What happened since the run began: statistics per step and layer."""
         trace: Trace = self._recorder.trace()
@@ -302,7 +317,10 @@ class Wrapped(nn.Module):
         return getattr(self.__dict__["model"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.model, name, value)
+        if name == "every":
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.model, name, value)
 
     def __delattr__(self, name: str) -> None:
         delattr(self.model, name)

@@ -29,6 +29,8 @@ BLOCK = 1 << 20
 LONGEST_DOT = 1 << 18
 #: Elements measured at a time by the reference, which bounds its scratch memory.
 CHUNK = 1 << 22
+#: Elements for which the calls cost more than the arithmetic.
+SMALL = 1 << 12
 #: Shorter samples than this are measured together, longer ones one by one.
 SHORT = 1 << 12
 #: Below this, squares in float32 lose digits to underflow.
@@ -123,11 +125,10 @@ def observe_cpu(
     control: NDArray[np.int64],
 ) -> None:
     """The same on the CPU, in blocks that stay in its cache; `.item()` waits for no device here."""
-    _check_room(samples, slab.shape[1] - 1)
     if not control[ACTIVE]:
         return
-    control[SEQUENCE] += 1
-    order = int(control[SEQUENCE])
+    order = int(control[SEQUENCE]) + 1
+    control[SEQUENCE] = order
     target = slab[control[SLOT], :, layer]  # [rows, SLOTS]
     if x.dtype == torch.float64:
         with np.errstate(over="ignore", invalid="ignore"):  # beyond float32 a row holds infinity
@@ -139,11 +140,12 @@ def observe_cpu(
 def _observe_cpu(x: Tensor, samples: int, count_zeros: bool, target: NDArray[np.float32], order: int) -> None:
     if samples == 0:
         measured: Any = _measure(_storage_order(x), count_zeros)
-        if target[0, CALLS] == 0:
-            target[0] = _packed(measured, order)
-        else:
-            _merge_cpu(target[:1], [measured], order)
+        calls = int(target[0, CALLS])
+        if calls:
+            measured, order = _union(target[0].tolist(), measured), int(target[0, ORDER])
+        target[0] = _packed(measured, calls + 1, order)
         return
+    _check_room(samples, len(target) - 1)
     by_sample = _by_sample(x, samples)
     if by_sample.shape[1] < SHORT:
         measured = reference(by_sample, count_zeros).numpy()
@@ -152,12 +154,29 @@ def _observe_cpu(x: Tensor, samples: int, count_zeros: bool, target: NDArray[np.
     _merge_cpu(target[1 : 1 + samples], measured, order)
 
 
-def _packed(row: tuple[float, ...], order: int) -> tuple[float, ...]:
-    """The slots of a row that is the first of its step; `rows.pack` for one row, without arrays."""
+def _packed(row: tuple[float, ...], calls: int, order: int) -> tuple[float, ...]:
+    """The slots of a row; `rows.pack` for one row, without arrays."""
     if row[rows.COUNT] < BASE and row[rows.NONFINITE] < BASE:
-        return (*row[:CALLS], 1.0, order, 0.0, 0.0, 0.0)
+        return (*row[:CALLS], calls, order, 0.0, 0.0, 0.0)
     counts, rest = row[: len(COUNTS)], row[len(COUNTS) : CALLS]
-    return (*(count % BASE for count in counts), *rest, 1.0, order, *(count // BASE for count in counts))
+    return (*(count % BASE for count in counts), *rest, calls, order, *(count // BASE for count in counts))
+
+
+def _union(slots: list[float], row: tuple[float, ...]) -> tuple[float, ...]:
+    """The row of a packed row's elements and another's; `rows.combine` for two, without arrays."""
+    counts = [slots[field] + BASE * slots[len(FIELDS) + position] for position, field in enumerate(COUNTS)]
+    count, nonfinite, zeros = (held + new for held, new in zip(counts, row, strict=False))
+    if row[rows.COUNT] == 0 or counts[0] == 0:
+        filled = slots if row[rows.COUNT] == 0 else row
+        return (count, nonfinite, zeros, *filled[len(COUNTS) : CALLS], 0.0, 0.0)
+    _, _, _, mean, std, absolute, low, high, *_ = slots
+    _, _, _, mean_2, std_2, absolute_2, low_2, high_2, *_ = row
+    w, w_2 = counts[0] / count, row[rows.COUNT] / count
+    whole = w * mean + w_2 * mean_2
+    d, d_2 = mean - whole, mean_2 - whole
+    spread = math.sqrt(w * (std * std + d * d) + w_2 * (std_2 * std_2 + d_2 * d_2))
+    absolute = w * absolute + w_2 * absolute_2
+    return (count, nonfinite, zeros, whole, spread, absolute, min(low, low_2), max(high, high_2), 0.0, 0.0)
 
 
 def _merge_cpu(target: NDArray[np.float32], measured: Any, order: int) -> None:
@@ -172,6 +191,8 @@ def _merge_cpu(target: NDArray[np.float32], measured: Any, order: int) -> None:
 
 def _measure(x: Tensor, count_zeros: bool) -> tuple[float, ...]:
     """The fields of a whole tensor of any shape whose order of elements does not matter."""
+    if 0 < x.numel() <= SMALL:
+        return _measure_small(x.double().numpy().reshape(-1), count_zeros)
     if x.dim() == 1 and 0 < x.numel() <= BLOCK:
         return _measure_block(x, count_zeros)
     blocks = [_measure_block(part, count_zeros) for part in _blocks(x)]
@@ -191,6 +212,25 @@ def _blocks(x: Tensor) -> list[Tensor]:
         return [x.reshape(-1)] if x.numel() else []
     step = max(1, BLOCK * x.shape[0] // x.numel())
     return [piece for part in x.split(step) for piece in _blocks(part[0] if part.shape[0] == 1 else part)]
+
+
+def _measure_small(x: NDArray[np.float64], count_zeros: bool) -> tuple[float, ...]:
+    """In float64 by NumPy, whose calls cost half as much as torch's; there all else is overhead."""
+    high, low = float(np.maximum.reduce(x)), float(np.minimum.reduce(x))
+    if not (math.isfinite(high) and math.isfinite(low)):
+        finite = x[np.isfinite(x)]
+        if finite.size == 0:
+            return (0.0, float(x.size), *(0.0,) * (len(FIELDS) - 2))
+        count, _, *rest = _measure_small(finite, count_zeros)
+        return (count, x.size - count, *rest)
+    if low == high:
+        return (float(x.size), 0.0, x.size * float(low == 0), low, 0.0, abs(low), low, high, 0.0, 0.0)
+    mean = float(np.add.reduce(x)) / x.size
+    centred = x - mean
+    variance = float(centred.dot(centred)) / x.size
+    absolute = abs(mean) if low >= 0 or high <= 0 else float(np.add.reduce(np.absolute(x))) / x.size
+    zeros = float(x.size - np.count_nonzero(x)) if count_zeros else 0.0
+    return (float(x.size), 0.0, zeros, mean, math.sqrt(variance), absolute, low, high, 0.0, 0.0)
 
 
 def _measure_block(x: Tensor, count_zeros: bool) -> tuple[float, ...]:

@@ -183,4 +183,8 @@ register(
     cpu=_begin_op_cpu,
     anywhere=begin_anywhere,
 )
-register("end(Tensor(a!) control, int capacity)", cpu=end, anywhere=end_anywhere)
+def _end_op_cpu(control: Tensor, capacity: int) -> None:
+    end(control.numpy(), capacity)
+
+
+register("end(Tensor(a!) control, int capacity)", cpu=_end_op_cpu, anywhere=end_anywhere)
