@@ -40,7 +40,7 @@ from .trace import Trace, stats_of
 
 Floats = NDArray[np.float64]
 #: Steps that the CPU adds to the totals at a time, once the ring is full.
-FOLD_CPU = 16
+FOLD_CPU = 64
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ BLOCK = 1 << 20
 LONGEST_DOT = 1 << 18
 #: Elements measured at a time by the reference, which bounds its scratch memory.
 CHUNK = 1 << 22
+#: Elements up to which torch itself uses one thread.
+GRAIN = 1 << 15
 #: Elements for which the calls cost more than the arithmetic.
 SMALL = 1 << 12
 #: Shorter samples than this are measured together, longer ones one by one.
@@ -237,7 +239,7 @@ def _measure_block(x: Tensor, count_zeros: bool) -> tuple[float, ...]:
     if x.dtype not in (torch.float32, torch.float64):
         x = _scratch(1, x).copy_(x)
     size = x.numel()
-    high, low = x.amax().item(), x.amin().item()  # a NaN anywhere makes both NaN
+    high, low = _extremes(x)  # a NaN anywhere makes both NaN
     if not (math.isfinite(high) and math.isfinite(low)):
         finite = x[x.isfinite()]
         if finite.numel() == 0:
@@ -267,10 +269,25 @@ def _measure_block(x: Tensor, count_zeros: bool) -> tuple[float, ...]:
     return (float(size), 0.0, zeros, mean, math.sqrt(variance), absolute / size, low, high, 0.0, 0.0)
 
 
+def _extremes(x: Tensor) -> tuple[float, float]:
+    if _alone(x):
+        values = x.numpy()
+        return float(np.maximum.reduce(values)), float(np.minimum.reduce(values))
+    return x.amax().item(), x.amin().item()
+
+
 def _squares(x: Tensor) -> float:
-    if x.numel() <= LONGEST_DOT:
-        return float(torch.dot(x, x).item())
-    return sum(torch.dot(part, part).item() for part in x.split(LONGEST_DOT))
+    if x.numel() > LONGEST_DOT:
+        return sum(map(_squares, x.split(LONGEST_DOT)))
+    if _alone(x):
+        values = x.numpy()
+        return float(values.dot(values))
+    return float(torch.dot(x, x).item())
+
+
+def _alone(x: Tensor) -> bool:
+    """Whether one thread works on `x`; NumPy's extremes and dot product are faster then."""
+    return x.numel() <= GRAIN or torch.get_num_threads() == 1
 
 
 def _scratch(which: int, x: Tensor) -> Tensor:
