@@ -1,160 +1,341 @@
-"""What observing costs: wrapped, and five `float(...)` per layer by hook, against the bare model.
+"""What observing costs, for real models: noesis and its peers beside the bare model, in turns.
 
-    python benchmarks/overhead.py --device cpu --json benchmarks/results/overhead-cpu.json
+    python benchmarks/overhead.py --device cpu --model ffn resnet50 --peers all
+    python benchmarks/overhead.py --device cuda --model sdxl --layers blocks70 --modes eager graph
 
-Each case is a stack of layers whose outputs have one size. Bare, hooked and wrapped forwards take
-turns in one process (A B C A B C ...), so that a noisy machine is noisy for all. The table gives,
-per size, the cost added per layer and step, and the ratio of the two costs, from medians over
-rounds; the spread is the middle half of the rounds' own ratios.
+For each model, set of layers, mode and number of threads, all variants run in one process, one
+after the other in every round. What is told is the median over the rounds' own ratios to the bare
+model, with the quartiles.
+
+Modes: `eager`; `compiled` (`torch.compile`, one graph where possible); `reduce-overhead`
+(`torch.compile(mode="reduce-overhead")`, CUDA only); `graph` (a hand-captured CUDA graph of the
+eager step).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
+import gc
+import itertools
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import models
 import torch
-from torch import Tensor, nn
+import torch._dynamo
+from models import Bench, Size, Step
+from peers import PEERS, UnsuitableError, attach
+from timing import against, check_device, interleave, results_file, share, version, write
+from torch import nn
 
 import noesis
 
 
-class Add(nn.Module):
-    """A layer that costs little, so that the cost of looking at it shows."""
+@dataclass
+class Variant:
+    """One way of running the model."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `x + 1` without touching what came in."""
-        return x + 1
-
-
-class Stack(nn.Module):
-    """Layers one after another."""
-
-    def __init__(self, depth: int) -> None:
-        """Build `depth` layers."""
-        super().__init__()
-        self.layers = nn.ModuleList(Add() for _ in range(depth))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the layers; each sees the same input, so that values do not drift."""
-        for layer in self.layers:
-            layer(x)
-        return x
+    run: Step
+    layers: int
+    facts: dict[str, Any] = field(default_factory=dict)  # for the results file
+    detach: Callable[[], Any] = lambda: None
 
 
-def five_floats(module: nn.Module, args: Any, output: Tensor) -> None:
-    """The way of noesis v0.1: five statistics, each brought to the host at once."""
-    x = output.detach().float()
-    float(x.mean()), float(x.std()), float(x.abs().mean()), float(x.max()), float(x.min())
+# ---------------------------------------------------------------- modes
 
 
-def measure(shape: tuple[int, ...], dtype: torch.dtype, device: str, depth: int, rounds: int) -> dict[str, Any]:
-    """Seconds per forward of the bare, the hooked and the wrapped stack, in turns."""
-    x = torch.randn(shape, device=device).to(dtype)
-    stacks = {name: Stack(depth).to(device) for name in ("bare", "hooks", "noesis")}
-    for layer in stacks["hooks"].layers:
-        layer.register_forward_hook(five_floats)
-    noesis.wrap(stacks["noesis"], layers=Add)
-    times: dict[str, list[float]] = {name: [] for name in stacks}
-    for turn in range(rounds + 2):
-        for name, stack in stacks.items():
-            seconds = timed(lambda stack=stack: stack(x), device)
-            if turn >= 2:  # the first turns warm caches and allocator
-                times[name].append(seconds)
-    return summary(times, depth)
+def eager(bench: Bench, module: nn.Module) -> tuple[Step, dict[str, Any]]:
+    """The step as it is."""
+    return bench.step(module), {}
 
 
-def timed(call: Callable[[], Any], device: str) -> float:
-    """Seconds of one call, the device's work included."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    with torch.no_grad():
-        call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def compiled(bench: Bench, module: nn.Module, **options: Any) -> tuple[Step, dict[str, Any]]:
+    """The step of the compiled module: one graph, or several where it cannot be one."""
+    try:
+        run = bench.step(torch.compile(own_code(module), fullgraph=True, **options))
+        run()
+    except torch._dynamo.exc.TorchDynamoException as error:
+        run = bench.step(torch.compile(own_code(module), **options))
+        run()
+        return run, {"fullgraph": False, "fullgraph_error": first_line(error)}
+    return run, {"fullgraph": True}
 
 
-def summary(times: dict[str, list[float]], depth: int) -> dict[str, Any]:
-    """Costs per layer in microseconds, and the ratio of noesis to hooks with its spread."""
-    median = {name: statistics.median(values) for name, values in times.items()}
-    each = [
-        (wrapped - bare) / (hooked - bare)
-        for bare, hooked, wrapped in zip(times["bare"], times["hooks"], times["noesis"], strict=True)
-        if hooked > bare
-    ]
-    quarter = statistics.quantiles(each, n=4) if len(each) > 3 else [float("nan")] * 3
-    added = {name: (median[name] - median["bare"]) / depth * 1e6 for name in ("hooks", "noesis")}
+def own_code(module: nn.Module) -> Callable[..., Any]:
+    """A call of the module by a code object of its own.
+
+    torch.compile keeps its graphs by code object and does not look at hooks when it picks one: a
+    copy with hooks would get the graph of the bare model, and seem to cost nothing.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace(co_name=f"call_{next(COPIES)}")
+    return call
+
+
+def reduce_overhead(bench: Bench, module: nn.Module) -> tuple[Step, dict[str, Any]]:
+    """The step of the compiled module, in CUDA graphs made by torch.compile."""
+    inner, facts = compiled(bench, module, mode="reduce-overhead")
+
+    def run() -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return inner()
+
+    return run, facts
+
+
+def graph(bench: Bench, module: nn.Module) -> tuple[Step, dict[str, Any]]:
+    """The eager step, captured in a CUDA graph."""
+    run = bench.step(module)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        run()
+    return captured.replay, {}
+
+
+COPIES = itertools.count()
+MODES = {"eager": eager, "compiled": compiled, "reduce-overhead": reduce_overhead, "graph": graph}
+GRAPHS = ("reduce-overhead", "graph")
+
+# ---------------------------------------------------------------- one case
+
+
+def measure(
+    bench: Bench, layers: str, mode: str, peers: list[str], *, device: str, rounds: int, seconds: float
+) -> dict[str, Any]:
+    """Time the variants of one model, set of layers and mode; returns the case for the results file."""
+    torch._dynamo.reset()
+    observed = models.shared_copy(bench.module)
+    wrapped = noesis.wrap(observed, layers=bench.layers[layers])
+    names = wrapped.layers
+    equal = bitwise_equal(bench, observed)
+    variants = {"bare": Variant(*prepared(bench, mode, models.shared_copy(bench.module), 0))}
+    variants["noesis"] = Variant(*prepared(bench, mode, observed, len(names)))
+    peering = {name: with_peer(bench, mode, name, names) for name in peers}
+    refused = {name: found for name, found in peering.items() if isinstance(found, dict)}
+    variants |= {name: found for name, found in peering.items() if isinstance(found, Variant)}
+    wrapped.reset()
+    samples = interleave(
+        {name: variant.run for name, variant in variants.items()}, device=device, rounds=rounds, seconds=seconds
+    )
+    told = against(samples.seconds)
+    for name, variant in variants.items():
+        told[name] |= variant.facts
+        if name != "bare":
+            told[name] |= {"layers": variant.layers, "added_us_per_layer": per_layer(told[name], variant.layers)}
+        if name not in ("bare", "noesis", "control"):
+            told[name]["noesis_adds"] = share(samples.seconds, "noesis", name)
+    told["noesis"] |= {"bitwise_equal": equal, **check(wrapped.trace(), names)}
+    for variant in variants.values():
+        variant.detach()
+    wrapped.unwrap()
+    in_order = {name: (told | refused)[name] for name in ("bare", "noesis", *peers)}
+    return {"observed": len(names), "rounds": rounds, "inner": samples.inner, "variants": in_order}
+
+
+def prepared(bench: Bench, mode: str, module: nn.Module, layers: int) -> tuple[Step, int, dict[str, Any]]:
+    """What runs one step in this mode, and how many layers are looked at."""
+    run, facts = MODES[mode](bench, module)
+    run()
+    return run, layers, facts
+
+
+def with_peer(bench: Bench, mode: str, name: str, layers: list[str]) -> Variant | dict[str, Any]:
+    """A copy of the model with a peer on the same layers, or why there is none."""
+    module = models.shared_copy(bench.module)
+    peer = None
+    try:
+        if mode != "eager" and PEERS[name].waits:
+            raise UnsuitableError("brings values to or from the host within a step: no graph can hold it")
+        peer = attach(name, module, layers)
+        run, count, facts = prepared(bench, mode, module, len(peer.layers))
+        if mode != "graph":  # whose replays run no Python; that the peer was called, capturing showed
+            peer.forget()
+            run()
+        unseen = sorted(set(peer.layers) - set(peer.read()))
+        if unseen:
+            raise RuntimeError(f"it saw no output of {len(unseen)} layers ({unseen[0]}, ...)")
+    except UnsuitableError as error:
+        return {"not_applicable": str(error)}
+    except Exception as error:  # whatever breaks a peer, the others are measured
+        if peer is not None:
+            peer.detach()
+        return {"failed": f"{type(error).__name__}: {first_line(error)}"}
+    if len(peer.layers) < len(layers):
+        facts["note"] = f"applies to {len(peer.layers)} of {len(layers)} layers"
+    if name == "nervecode":
+        facts["version"] = version(name)
+    return Variant(run, count, facts, peer.detach)
+
+
+def bitwise_equal(bench: Bench, observed: nn.Module) -> bool | None:
+    """Whether observing changed a bit of the outputs (and gradients); None where the bare model itself varies."""
+    want, again = bench.outputs(bench.module), bench.outputs(bench.module)
+    if not all(map(torch.equal, want, again)):
+        return None
+    return all(map(torch.equal, want, bench.outputs(observed)))
+
+
+def check(trace: noesis.Trace, names: list[str]) -> dict[str, Any]:
+    """That noesis did its work while it was timed: a row for every layer, of finite values."""
+    if trace.never_ran or trace.unmeasured or not len(trace) or trace.layers != names:
+        raise RuntimeError(f"noesis saw no output of {trace.never_ran or trace.unmeasured or 'any layer'}")
+    return {"calls": int(trace.calls[-1].sum()), "nonfinite": int(trace["nonfinite"][-1].sum())}
+
+
+def per_layer(told: dict[str, Any], layers: int) -> float:
+    """Microseconds added per layer and step."""
+    return told["added_seconds"] / layers * 1e6
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in a line."""
+    return (str(error).strip().splitlines() or ["(no message)"])[0][:200]
+
+
+# ---------------------------------------------------------------- the command
+
+
+def show(case: dict[str, Any]) -> None:
+    """Print a case."""
+    sizes = ", ".join(f"{name} {value}" for name, value in case["sizes"].items())
+    threads = f", {case['threads']} threads" if case["threads"] else ""
+    print(f"\n{case['model']} ({sizes}, {case['dtype']}{threads}), {case['mode']}: {case['layers']}")
+    if "failed" in case:
+        print(f"  FAILED: {case['failed']}")
+    for name, told in case.get("variants", {}).items():
+        if name == "bare":
+            print(f"  bare       {told['seconds'] * 1e3:10.3f} ms")
+        elif "seconds" not in told:
+            print(f"  {name:<10} {'; '.join(f'{key}: {value}' for key, value in told.items())}")
+        else:
+            low, high = told["overhead_percent_quartiles"]
+            notes = [told["note"]] if "note" in told else []
+            notes += ["several graphs"] if told.get("fullgraph") is False else []
+            if name == "noesis":
+                notes += [{True: "bitwise equal", False: "OUTPUTS DIFFER", None: "bare varies"}[told["bitwise_equal"]]]
+                notes += [f"{told['nonfinite']} NON-FINITE VALUES"] if told["nonfinite"] else []
+            elif told.get("noesis_adds") and told["noesis_adds"]["share_quartiles"]:
+                notes += [f"noesis adds {told['noesis_adds']['share']:.2f} of it"]
+            print(
+                f"  {name:<10} {told['seconds'] * 1e3:10.3f} ms  {told['overhead_percent']:+8.2f} % "
+                f"({low:+.2f} to {high:+.2f})  {told['added_us_per_layer']:8.1f} us/layer x {told['layers']}"
+                f"  {', '.join(notes)}",
+                flush=True,
+            )
+
+
+def cases(options: argparse.Namespace, model: str) -> Iterator[dict[str, Any]]:
+    """All cases of one model, one by one; one that fails says so, and the others are measured."""
+    for output in (options.output or list(models.OUTPUTS)) if model == "stack" else [None]:
+        bench = models.build(
+            model, options.device, Size(options.batch, options.tokens, options.pixels, options.depth, output)
+        )
+        settings = itertools.product(chosen_layers(options.layers, bench), options.modes, options.threads)
+        for layers, mode, threads in settings:
+            torch.set_num_threads(threads)
+            facts = described(bench, layers, mode, options.device)
+            try:
+                case = facts | measure(
+                    bench,
+                    layers,
+                    mode,
+                    options.peers,
+                    device=options.device,
+                    rounds=options.rounds,
+                    seconds=options.seconds,
+                )
+            except Exception as error:
+                traceback.print_exc()
+                case = facts | {"failed": f"{type(error).__name__}: {first_line(error)}"}
+            show(case)
+            yield case
+            gc.collect()
+
+
+def described(bench: Bench, layers: str, mode: str, device: str) -> dict[str, Any]:
+    """What a case measures."""
     return {
-        "bare_us": median["bare"] / depth * 1e6,
-        "hooks_us": added["hooks"],
-        "noesis_us": added["noesis"],
-        "ratio": added["noesis"] / added["hooks"],
-        "ratio_quartiles": [quarter[0], quarter[2]],
+        "model": bench.name,
+        "layers": layers,
+        "mode": mode,
+        "threads": torch.get_num_threads() if device == "cpu" else None,
+        "dtype": str(bench.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in bench.module.parameters()),
+        "sizes": bench.sizes,
     }
 
 
-SHAPES = {
-    "4 KB": (1, 32, 32),
-    "64 KB": (1, 128, 128),
-    "1 MB": (1, 512, 512),
-    "4 MB": (1, 1024, 1024),
-    "16 MB": (4, 1024, 1024),
-    "64 MB": (16, 1024, 1024),
-}
+def chosen_layers(asked: list[str], bench: Bench) -> list[str]:
+    """The sets of layers to measure: the model's first by default."""
+    if not asked:
+        return list(bench.layers)[:1]
+    if asked == ["all"]:
+        return list(bench.layers)
+    unknown = [name for name in asked if name not in bench.layers]
+    if unknown:
+        raise SystemExit(f"{bench.name} has no set of layers {unknown[0]!r}: take {', '.join(bench.layers)}")
+    return asked
 
 
-def main() -> None:
-    """Measure, print the table, write the JSON."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU threads to measure with")
-    parser.add_argument("--depth", type=int, default=8)
+    parser.add_argument("--model", nargs="+", default=["stack"], choices=(*models.MODELS, "all"))
+    parser.add_argument("--layers", nargs="+", default=[], help="sets of layers, or all; the model's first by default")
+    parser.add_argument("--modes", nargs="+", default=["eager"], choices=tuple(MODES))
+    parser.add_argument(
+        "--peers", nargs="*", default=["hooks"], help=f"{', '.join(PEERS)}, all (as without a name) or none"
+    )
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="CPU threads to measure with")
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    dtype = getattr(torch, options.dtype)
-    cases = []
-    print(f"{'threads':>7}  {'size':>6}  {'bare us':>9}  {'hooks us':>9}  {'noesis us':>9}  ratio (middle half)")
-    for threads in options.threads if options.device == "cpu" else [torch.get_num_threads()]:
-        torch.set_num_threads(threads)
-        for label, shape in SHAPES.items():
-            case = measure(shape, dtype, options.device, options.depth, options.rounds)
-            low, high = case["ratio_quartiles"]
-            print(
-                f"{threads:>7}  {label:>6}  {case['bare_us']:>9.1f}  {case['hooks_us']:>9.1f}  "
-                f"{case['noesis_us']:>9.1f}  {case['ratio']:.2f} ({low:.2f} to {high:.2f})"
-            )
-            cases.append({"threads": threads, "size": label, "shape": shape, "dtype": options.dtype, **case})
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"machine": machine(options.device), "cases": cases}, indent=2) + "\n")
-        print(f"wrote {options.json}")
+    parser.add_argument("--seconds", type=float, default=0.02, help="length of a sample of the bare model")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--pixels", type=int)
+    parser.add_argument("--output", nargs="+", choices=tuple(models.OUTPUTS), help="sizes of the stack's outputs")
+    parser.add_argument("--depth", type=int, help="layers of the stack and of the feed-forward model")
+    parser.add_argument("--json", type=Path, help="results/overhead-<model>-<device>.json by default")
+    options = parser.parse_args(arguments)
+    check_device(options.device)
+    if options.device == "cuda":
+        options.threads = [torch.get_num_threads()]
+    graphs = [mode for mode in options.modes if mode in GRAPHS]
+    if graphs and options.device != "cuda":
+        raise SystemExit(f"--modes {graphs[0]} needs --device cuda")
+    options.model = list(models.MODELS) if "all" in options.model else options.model
+    options.peers = list(PEERS) if options.peers in ([], ["all"]) else [p for p in options.peers if p != "none"]
+    unknown = [name for name in options.peers if name not in PEERS]
+    if unknown:
+        raise SystemExit(f"--peers {unknown[0]} is not known: take {', '.join(PEERS)}, all or none")
+    return options
 
 
-def machine(device: str) -> dict[str, str]:
-    """What was measured on."""
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
-        "torch": torch.__version__,
-        "noesis": noesis.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def cpu_name() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print, and write the JSON after each case: one file per model, or one for all at `--json`."""
+    options = parse(arguments)
+    done: list[dict[str, Any]] = []
+    for model in options.model:
+        path = options.json or results_file("overhead", model, options.device)
+        done = done if options.json else []
+        for case in cases(options, model):
+            done.append(case)
+            write(path, "overhead", options.device, cases=done)
+        print(f"wrote {path}")
+    if any("failed" in case for case in done):
+        raise SystemExit("Some cases failed; see above.")
 
 
 if __name__ == "__main__":

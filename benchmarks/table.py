@@ -1,40 +1,199 @@
-"""Put what was measured into the README: the table below `<!-- overhead -->` from the results file.
+"""Put what was measured into the README: tables between its two markers, from `results/*.json`.
 
-python benchmarks/table.py
+python benchmarks/table.py            # write them
+python benchmarks/table.py --check    # say whether the README is what the results say
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "overhead-cpu.json"
+RESULTS = ROOT / "benchmarks" / "results"
+PART = re.compile(r"(<!-- overhead -->\n)(.*?)(?=\n<!-- end -->)", re.DOTALL)
+KERNEL_SIZES = ("64 KB", "1 MB", "16 MB", "512 MB", "4 GB")
+MB = 1 << 20
+Found = dict[str, Any]
 
 
-def table(results: dict) -> str:
-    """The table in Markdown, with what it was measured on."""
-    lines = ["| threads | output | five floats | noesis | ratio (middle half) |", "|---|---|---|---|---|"]
-    for case in results["cases"]:
-        low, high = case["ratio_quartiles"]
-        costs = " | ".join(f"{case[name]:.0f} µs" for name in ("hooks_us", "noesis_us"))
-        row = f"| {case['threads']} | {case['size']} | {costs} | {case['ratio']:.2f} ({low:.2f} to {high:.2f}) |"
-        lines.append(row)
-    machine = results["machine"]
-    lines.append(f"\n{machine['device']}, torch {machine['torch']}, float32; `benchmarks/overhead.py`.")
-    return "\n".join(lines)
+def load(folder: Path) -> dict[str, list[Found]]:
+    """The results files by script; what is in another format is named and left out."""
+    found: dict[str, list[Found]] = {}
+    for path in sorted(folder.glob("*.json")):
+        one = json.loads(path.read_text(encoding="utf-8"))
+        if "script" in one:
+            found.setdefault(one["script"], []).append(one)
+        else:
+            print(f"left out {path.name}: not written by these scripts; measure again", file=sys.stderr)
+    return found
 
 
-def main() -> None:
-    """Replace the table in the README."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    pattern = re.compile(r"(<!-- overhead -->\n)(.*?)(?=\n<!-- end -->)", re.DOTALL)
-    new, count = pattern.subn(lambda match: match[1] + table(json.loads(RESULTS.read_text())), text)
+def render(folder: Path = RESULTS) -> str:
+    """All tables in Markdown; each names what it was measured on."""
+    found = load(folder)
+    parts = []
+    for machine, files in by_machine(found.get("overhead", [])):
+        cases = [case for file in files for case in file["cases"] if measured(case)]
+        stacks = [case for case in cases if case["model"] == "stack"]
+        whole = [case for case in cases if case["model"] != "stack"]
+        parts += [f"{models_table(whole)}\n\n{machine}"] if whole else []
+        parts += [f"{layers_table(stacks)}\n\n{machine}"] if stacks else []
+    for machine, files in by_machine(found.get("kernel", [])):
+        parts.append(f"{kernel_table([case for file in files for case in file['cases']])}\n\n{machine}")
+    for machine, files in by_machine(found.get("memory", [])):
+        parts.append(f"{memory_table([case for file in files for case in file['cases']])}\n\n{machine}")
+    return "\n\n".join(parts)
+
+
+def measured(case: Found) -> bool:
+    """Whether a case has figures; one that failed is named and left out."""
+    if "failed" in case:
+        print(f"left out {case['model']} {case['layers']} {case['mode']}: {case['failed']}", file=sys.stderr)
+    return "failed" not in case
+
+
+def by_machine(files: list[Found]) -> list[tuple[str, list[Found]]]:
+    """The files, grouped by a line that says what they were measured on and how."""
+    groups: dict[str, list[Found]] = {}
+    for file in files:
+        groups.setdefault(measured_on(file), []).append(file)
+    return list(groups.items())
+
+
+def measured_on(file: Found) -> str:
+    """The machine and the script, in a line."""
+    machine = file["machine"]
+    parts = [machine["device"], f"torch {machine['torch']}"]
+    parts += [f"triton {machine['triton']}"] if machine["triton"] and machine["kind"] == "cuda" else []
+    return f"{', '.join(parts)}; `benchmarks/{file['script']}.py`."
+
+
+# ---------------------------------------------------------------- one table each
+
+
+def models_table(cases: list[Found]) -> str:
+    """What a step of a model costs more, by noesis and by each peer that was measured."""
+    peers = list(dict.fromkeys(name for case in cases for name in case["variants"]))
+    peers = [name for name in peers if name not in ("bare", "noesis")]
+    threads = any(case["threads"] for case in cases)
+    head = ["model", *(["threads"] if threads else []), "mode", "layers", "bare step", "noesis (quartiles)", *peers]
+    rows = []
+    for case in cases:
+        variants = case["variants"]
+        noesis = variants["noesis"]
+        low, high = noesis["overhead_percent_quartiles"]
+        row = [case["model"], *([str(case["threads"] or "")] if threads else []), case["mode"]]
+        row += [f"{case['layers']} ({case['observed']})", duration(variants["bare"]["seconds"])]
+        row += [f"{percent(noesis['overhead_percent'])} ({percent(low)} to {percent(high)})"]
+        rows.append(row + [beside(variants.get(name)) for name in peers])
+    return markdown(head, rows)
+
+
+def beside(told: Found | None) -> str:
+    """What a peer adds, on how many layers if not on all."""
+    if told is None:
+        return ""
+    if "seconds" not in told:
+        return "failed" if "failed" in told else "n/a"
+    note = f" ({told['layers']} layers)" if "note" in told else ""
+    return f"{percent(told['overhead_percent'])}{note}"
+
+
+def layers_table(cases: list[Found]) -> str:
+    """What one layer costs more, by the size of its output."""
+    rows = []
+    for case in cases:
+        hooks, noesis = case["variants"].get("hooks", {}), case["variants"]["noesis"]
+        share = hooks.get("noesis_adds")
+        row = [str(case["threads"] or ""), case["mode"], case["sizes"]["output"]]
+        row += [f"{hooks['added_us_per_layer']:.0f} µs" if "seconds" in hooks else ""]
+        row += [
+            f"{noesis['added_us_per_layer']:.0f} µs",
+            ratio(share["share"], share["share_quartiles"]) if share else "",
+        ]
+        rows.append(row)
+    return markdown(["threads", "mode", "output", "five floats", "noesis", "ratio (quartiles)"], rows)
+
+
+def kernel_table(cases: list[Found]) -> str:
+    """The kernel's bandwidth beside a copy's, with a cold cache."""
+    rows = []
+    for case in cases:
+        if case["size"] in KERNEL_SIZES:
+            cold = case["cold"]
+            row = [case["dtype"], case["size"], f"{cold['kernel']['gb_per_s']:.0f} GB/s"]
+            row += [
+                f"{cold['copy']['gb_per_s']:.0f} GB/s",
+                ratio(cold["share_of_copy"], cold["share_of_copy_quartiles"]),
+            ]
+            rows.append(row)
+    return markdown(["dtype", "tensor", "kernel reads", "copy moves", "share (quartiles)"], rows)
+
+
+def memory_table(cases: list[Found]) -> str:
+    """Peak memory added."""
+    rows = [
+        [
+            case["model"],
+            f"{case['layers']} ({case['observed']})",
+            f"{case['bare_bytes'] / MB:.0f} MB",
+            f"{case['added_bytes']['noesis'] / MB:+.1f} MB",
+            f"{case['recorder_bytes'] / MB:.1f} MB",
+        ]
+        for case in cases
+    ]
+    return markdown(["model", "layers", "bare peak", "noesis adds", "of it the recorder's tensors"], rows)
+
+
+# ---------------------------------------------------------------- how things are written
+
+
+def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def percent(value: float) -> str:
+    """Two digits below ten, none above a hundred."""
+    digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+    return f"{value:.{digits}f} %"
+
+
+def ratio(middle: float, quartiles: list[float] | None) -> str:
+    """A ratio and its spread."""
+    return f"{middle:.2f}" + (f" ({quartiles[0]:.2f} to {quartiles[1]:.2f})" if quartiles else "")
+
+
+def duration(seconds: float) -> str:
+    """Seconds in a readable unit."""
+    return f"{seconds * 1e6:.0f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.1f} ms"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the tables into the README, or check that they are there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit with 1 if the README differs; write nothing")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    options = parser.parse_args(arguments)
+    text = options.readme.read_text(encoding="utf-8")
+    tables = render(options.results)
+    if not tables:
+        raise SystemExit(f"{options.results} holds no results: run benchmarks/overhead.py first")
+    new, count = PART.subn(lambda match: match[1] + tables, text)
     if count != 1:
-        raise SystemExit("README.md has no part between <!-- overhead --> and <!-- end -->")
-    readme.write_text(new, encoding="utf-8")
+        raise SystemExit(f"{options.readme} has no part between <!-- overhead --> and <!-- end -->")
+    if not options.check:
+        options.readme.write_text(new, encoding="utf-8")
+    elif new != text:
+        raise SystemExit(f"{options.readme} is not what the results say: run python benchmarks/table.py")
 
 
 if __name__ == "__main__":
