@@ -224,10 +224,11 @@ def test_the_state_stays_where_it_is_for_cuda_graphs():
     marked = []
 
     def backend(graph, _inputs):
-        nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
-        for node in nodes:
-            if "noesis" in node.name:
-                marked.append((node.name, node.meta["tensor_dict"].get("_dynamo_static_input_type")))
+        marked.extend(
+            (node.name, node.meta["tensor_dict"].get("_dynamo_static_input_type"))
+            for node in graph.graph.nodes
+            if node.op == "placeholder" and "noesis" in node.name
+        )
         return graph.forward
 
     wrapped = noesis.wrap(nn.Sequential(nn.Linear(8, 8)), layers="all")

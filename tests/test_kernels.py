@@ -10,8 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loguru import logger
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from noesis import kernels
 from noesis.kernels import moments, rows, stepping
 from noesis.kernels.rows import CALLS, FIELDS, ORDER
 
@@ -291,6 +293,19 @@ def test_registered_ops_pass_torchs_own_checks():
     timestep = torch.zeros((), dtype=torch.float64)
     torch.library.opcheck(torch.ops.noesis.begin.default, (timestep, 0, 2, *state.all(), scratch))
     torch.library.opcheck(torch.ops.noesis.end.default, (state.control, 3))
+
+
+def test_a_cuda_device_without_triton_is_named(monkeypatch):
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    said = []
+    logger.enable("noesis")
+    handler = logger.add(lambda message: said.append(message.record["message"]), level="WARNING")
+    try:
+        assert [kernels.has_triton(torch.device(name)) for name in ("cuda:90", "cuda:90", "cpu")] == [False] * 3
+    finally:
+        logger.remove(handler)
+        logger.disable("noesis")
+    assert said == ["triton is not installed: observing on cuda:90 will cost many small kernels per layer"]
 
 
 def test_rows_are_bitwise_equal_run_after_run():

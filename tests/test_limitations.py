@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+import torch._inductor.config
 from torch import Tensor, nn
 
 import noesis
@@ -441,6 +442,30 @@ def test_a_model_that_calls_itself_begins_a_step_each_time() -> None:
     wrapped = noesis.wrap(Twice(), layers="all")
     wrapped(torch.ones(1))
     assert wrapped.trace().calls.tolist() == [[0], [1], [1]]  # outer, inner, and what follows the inner one
+
+
+def gradients(model: nn.Module, emulate: bool) -> list[Tensor]:
+    """Output and gradients of a forward and backward pass, compiled by Inductor."""
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(emulate_precision_casts=emulate):
+        torch.manual_seed(1)
+        x = torch.randn(32, 64, dtype=torch.bfloat16, requires_grad=True)
+        output = torch.compile(model, fullgraph=True)(x)
+        output.float().square().sum().backward()
+    return [output, x.grad, *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.slow
+def test_fused_low_precision_code_rounds_where_it_is_looked_into() -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(64, 256), nn.LayerNorm(256), nn.SiLU(), nn.Linear(256, 64)).bfloat16()
+
+    for emulate in (False, True):
+        bare, observed = model(), noesis.wrap(model(), layers="all").model
+        pairs = list(zip(gradients(bare, emulate), gradients(observed, emulate), strict=True))
+        assert all(torch.equal(one, other) for one, other in pairs) == emulate
+        assert all((one - other).abs().max() <= 0.02 * one.abs().max() for one, other in pairs)
 
 
 # ---------------------------------------------------------------- the table

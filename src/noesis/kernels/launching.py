@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Streams of one device whose launches may run at the same time; each has scratch memory of its own.
-LANES = 32
+#: Streams of one device, each with scratch memory of its own; more than torch makes (129).
+LANES = 160
 _LANES: dict[tuple[int, int], int] = {}
 
 

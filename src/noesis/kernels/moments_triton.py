@@ -15,7 +15,10 @@ Imported late: `import noesis` does not import triton.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -393,37 +396,48 @@ def observe_triton(
         control: int64 [CONTROL].
         scratch: int32 [LANES, ...], from `scratch()`.
     """
-    many = samples or 1
-    n = x.numel() // many
-    stride_row, dims = n, _DENSE
-    if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
-        found = strided(x.shape, x.stride(), samples)
-        if found is None:
-            x = x.contiguous()  # more gaps than the kernel has dimensions for
-        else:
-            stride_row, dims = found
-    itemsize = x.element_size()
-    parts = scratch.shape[1] // (1 + PARTIAL.value)
-    splits = 1
-    if n * itemsize > SOLO_BYTES and many < parts:
-        splits = min(parts // many, -(-n * itemsize // TILE_BYTES))
-    dense = dims is _DENSE
-    tile = TILE_BYTES // itemsize // (1 if dense else 4)  # finding one's way through gaps takes registers
-    even = n % 16 == 0 and stride_row % 16 == 0
-    _, room, layers, _ = slab.shape
     device = control.device
     stream = current_stream(device)
-    constants = (parts, triton.next_power_of_2(parts), tile, tile // PIECES)
+    _, room, layers, _ = slab.shape
+    aligned = x.data_ptr() % 16 == 0
+    plan = _plan(x.shape, x.stride(), x.dtype, aligned, samples, count_zeros, room, layers, scratch.shape[1])
+    if plan is None:  # more gaps than the kernel has dimensions for
+        observe_triton(x.contiguous(), layer, samples, count_zeros, slab, control, scratch)
+        return
+    variant, grid, numbers = plan
+    _KERNEL.launch(device, stream, variant, grid, (x, layer, slab, control, scratch), (lane(device, stream), *numbers))
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    shape: Sequence[int],
+    stride: Sequence[int],
+    dtype: torch.dtype,
+    aligned: bool,
+    samples: int,
+    count_zeros: bool,
+    room: int,
+    layers: int,
+    lane_size: int,
+) -> tuple[tuple[Any, ...], tuple[int, int], tuple[Any, ...]] | None:
+    """How to launch for outputs of a kind: variant, grid and the numbers after the lane; layers repeat themselves."""
+    walk = strided(shape, stride, samples)
+    if walk is None:
+        return None
+    stride_row, dims = walk
+    many = samples or 1
+    n = math.prod(shape) // many
+    parts = lane_size // (1 + PARTIAL.value)
+    splits = 1
+    if n * dtype.itemsize > SOLO_BYTES and many < parts:
+        splits = min(parts // many, -(-n * dtype.itemsize // TILE_BYTES))
+    dense = dims is _DENSE
+    tile = TILE_BYTES // dtype.itemsize // (1 if dense else 4)  # finding one's way through gaps takes registers
+    even = n % 16 == 0 and stride_row % 16 == 0
     flags = (dense, even, splits == 1, samples > 0, count_zeros)
-    walk = (n // 16, stride_row // 16) if even else (n, stride_row)
-    _KERNEL.launch(
-        device,
-        stream,
-        (x.dtype, x.data_ptr() % 16 == 0, *flags),
-        (many, splits),
-        (x, layer, slab, control, scratch),
-        (lane(device, stream), *walk, room, layers, *dims, *constants, *flags),
-    )
+    sizes = (n // 16, stride_row // 16) if even else (n, stride_row)
+    constants = (parts, triton.next_power_of_2(parts), tile, tile // PIECES)
+    return (dtype, aligned, parts, *flags), (many, splits), (*sizes, room, layers, *dims, *constants, *flags)
 
 
 #: Sizes (but the outermost) and strides of a tensor without gaps; not looked at.
@@ -431,7 +445,7 @@ _DENSE = (1,) * (2 * DIMS - 1)
 
 
 def strided(shape: Sequence[int], stride: Sequence[int], samples: int) -> tuple[int, tuple[int, ...]] | None:
-    """How to walk over a tensor that is not contiguous: in the order of memory, with few dimensions.
+    """How to walk over a tensor in the order of memory, with few dimensions.
 
     Args:
         shape: of the tensor.
@@ -454,7 +468,7 @@ def strided(shape: Sequence[int], stride: Sequence[int], samples: int) -> tuple[
             merged[-1] = (merged[-1][0] * size, step)
         else:
             merged.append((size, step))
-    if len(merged) == 1 and merged[0][1] == 1:
+    if not merged or (len(merged) == 1 and merged[0][1] == 1):
         return stride_row, _DENSE
     if len(merged) > DIMS:
         return None

@@ -183,6 +183,8 @@ register(
     cpu=_begin_op_cpu,
     anywhere=begin_anywhere,
 )
+
+
 def _end_op_cpu(control: Tensor, capacity: int) -> None:
     end(control.numpy(), capacity)
 
