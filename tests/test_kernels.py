@@ -64,6 +64,24 @@ def test_sizes_and_dtypes(path, dtype, size):
     check(path(x), x)
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("size", [moments.SPLIT_ALONE, moments.SPLIT_ALONE + 1, 2 * moments.BLOCK + 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("one_thread")
+def test_one_thread_takes_other_blocks(size, dtype):
+    x = (torch.randn(size) * 3 + 0.5).to(dtype)
+    check(by_cpu(x), x)
+    x[size // 2] = math.nan
+    check(by_cpu(x), x)
+
+
 @PATHS
 @pytest.mark.parametrize("offset", [0.0, 10.0, 1000.0, -1000.0])
 def test_mean_far_from_zero(path, offset):
