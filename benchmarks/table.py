@@ -45,7 +45,8 @@ def render(folder: Path = RESULTS) -> str:
         parts += [f"{models_table(whole)}\n\n{machine}"] if whole else []
         parts += [f"{layers_table(stacks)}\n\n{machine}"] if stacks else []
     for machine, files in by_machine(found.get("kernel", [])):
-        parts.append(f"{kernel_table([case for file in files for case in file['cases']])}\n\n{machine}")
+        if files[0]["machine"]["kind"] == "cuda":  # elsewhere the copy is no ceiling
+            parts.append(f"{kernel_table([case for file in files for case in file['cases']])}\n\n{machine}")
     for machine, files in by_machine(found.get("memory", [])):
         parts.append(f"{memory_table([case for file in files for case in file['cases']])}\n\n{machine}")
     return "\n\n".join(parts)
@@ -80,7 +81,7 @@ def measured_on(file: Found) -> str:
 def models_table(cases: list[Found]) -> str:
     """What a step of a model costs more, by noesis and by each peer that was measured."""
     peers = list(dict.fromkeys(name for case in cases for name in case["variants"]))
-    peers = [name for name in peers if name not in ("bare", "noesis")]
+    peers = [name for name in peers if name not in ("bare", "noesis") and applies(name, cases)]
     threads = any(case["threads"] for case in cases)
     head = ["model", *(["threads"] if threads else []), "mode", "layers", "bare step", "noesis (quartiles)", *peers]
     rows = []
@@ -88,11 +89,17 @@ def models_table(cases: list[Found]) -> str:
         variants = case["variants"]
         noesis = variants["noesis"]
         low, high = noesis["overhead_percent_quartiles"]
-        row = [case["model"], *([str(case["threads"] or "")] if threads else []), case["mode"]]
+        sizes = "".join(f", {name} {value}" for name, value in case["sizes"].items())
+        row = [f"{case['model']}{sizes}", *([str(case["threads"] or "")] if threads else []), case["mode"]]
         row += [f"{case['layers']} ({case['observed']})", duration(variants["bare"]["seconds"])]
         row += [f"{percent(noesis['overhead_percent'])} ({percent(low)} to {percent(high)})"]
         rows.append(row + [beside(variants.get(name)) for name in peers])
     return markdown(head, rows)
+
+
+def applies(name: str, cases: list[Found]) -> bool:
+    """Whether a peer applies to any of the cases; if not, it has no column."""
+    return any("not_applicable" not in case["variants"][name] for case in cases if name in case["variants"])
 
 
 def beside(told: Found | None) -> str:

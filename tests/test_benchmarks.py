@@ -277,7 +277,7 @@ def test_overhead_writes_what_the_table_shows(script, tmp_path, capsys):
     output = ["--model", "stack", "--output", "4 KB", "--depth", "2"]
     overhead.main([*output, "--json", str(tmp_path / "stack.json"), *common])
     text = table.render(tmp_path)
-    assert "| mlp | 1 | eager | leaves (5) |" in text
+    assert "| mlp, batch 2 | 1 | eager | leaves (5) |" in text
     assert table.percent(ours["overhead_percent"]) in text
     assert "| 1 | eager | 4 KB |" in text
     assert f"torch {torch.__version__}" in text
@@ -286,7 +286,8 @@ def test_overhead_writes_what_the_table_shows(script, tmp_path, capsys):
 def test_the_table_goes_between_the_markers_and_is_checked(script, tmp_path, capsys):
     table = script("table")
     told = {"seconds": 2.0, "overhead_percent": 0.5, "overhead_percent_quartiles": [0.25, 1.0], "layers": 7}
-    case = {"model": "m", "layers": "blocks", "observed": 7, "mode": "graph", "threads": None, "sizes": {}}
+    case = {"model": "m", "layers": "blocks", "observed": 7, "mode": "graph", "threads": None}
+    case["sizes"] = {"batch": 2}
     case["variants"] = {
         "bare": {"seconds": 2e-3},
         "noesis": told,
@@ -310,8 +311,8 @@ def test_the_table_goes_between_the_markers_and_is_checked(script, tmp_path, cap
     lines = readme.read_text().splitlines()
     assert lines[:2] == ["before", "<!-- overhead -->"]
     assert lines[-2:] == ["<!-- end -->", "after"]
-    row = "| m | graph | blocks (7) | 2.0 ms | 0.50 % (0.25 % to 1.00 %) | failed | 0.50 % (7 layers) | n/a |"
-    assert [line for line in lines if line.startswith("| m ")] == [row]
+    row = "| m, batch 2 | graph | blocks (7) | 2.0 ms | 0.50 % (0.25 % to 1.00 %) | failed | 0.50 % (7 layers) |"
+    assert [line for line in lines if line.startswith("| m,")] == [row]  # and no column for nervecode
     assert "a device, torch 2, triton 3; `benchmarks/overhead.py`." in lines
     readme.write_text("no markers\n")
     with pytest.raises(SystemExit, match="has no part between"):

@@ -19,7 +19,11 @@ from torch._dynamo.utils import counters
 
 import noesis
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),  # torch: it is a prototype
+    pytest.mark.filterwarnings("ignore:TensorFloat32"),  # Inductor: it could be faster and less exact
+]
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +60,7 @@ def test_rows_and_outputs(dtype):
     observed = copy.deepcopy(bare)
     seen = []
     for layer in bare:
-        layer.register_forward_hook(lambda module, args, out: seen.append(out.double()))
+        layer.register_forward_hook(lambda module, args, out: seen.append(out.detach().double()))
     wrapped = noesis.wrap(observed, layers="all", stats=["zeros"], per_sample=4)
     x = torch.randn(4, 3, 16, 16, device="cuda", dtype=dtype)
     assert torch.equal(bare(x), wrapped(x))
@@ -73,11 +77,14 @@ def test_fifty_steps_without_a_host_sync():
     wrapped(x).sum().backward()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
+    wrapped.reset()
     for _ in range(50):
         wrapped(x).sum().backward()
+    with wrapped.paused():
+        wrapped(x)
     torch.cuda.set_sync_debug_mode("default")
     trace = wrapped.trace()
-    assert trace.steps.tolist() == list(range(35, 51))
+    assert trace.steps.tolist() == list(range(34, 50))
     assert (trace.values == trace.values[:1]).all()
 
 
@@ -125,6 +132,43 @@ def test_every_and_paused_reach_a_captured_graph():
     for _ in range(4):  # 11 to 14
         graph.replay()
     assert wrapped.trace().steps.tolist() == [0, 4, 8, 12]
+
+
+def test_a_graph_captured_while_paused_records_later():
+    wrapped = noesis.wrap(model().cuda().eval(), layers="all")
+    x = torch.randn(4, 3, 16, 16, device="cuda")
+    with torch.no_grad():
+        wrapped(x)
+    with wrapped.paused():
+        graph = captured(wrapped, x)
+        graph.replay()
+    graph.replay()
+    assert wrapped.trace().calls.tolist() == [[1] * 5] * 2
+
+
+def test_the_slab_stays_where_a_graph_writes():
+    wrapped = noesis.wrap(model().cuda().eval(), layers="all", per_sample=4)
+    x = torch.randn(4, 3, 16, 16, device="cuda")
+    graph = captured(wrapped, x)
+    before = wrapped._recorder.banks[0].slab.data_ptr()
+    with torch.no_grad():
+        wrapped(torch.cat([x, x]))  # more samples than there is room for
+    assert wrapped._recorder.banks[0].slab.data_ptr() == before
+    graph.replay()
+    trace = wrapped.trace()
+    assert "per_sample has room for 4" in trace.unmeasured["0"]
+    assert trace.calls[-1].tolist() == [1] * 5
+
+
+def test_reading_waits_for_every_stream():
+    wrapped = noesis.wrap(nn.Sequential(nn.Linear(4096, 4096)).cuda(), layers="all", capacity=64)
+    x = torch.randn(4096, 4096, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(stream):
+        for _ in range(50):
+            wrapped(x)
+    assert wrapped.trace().calls.tolist() == [[1]] * 50
 
 
 @pytest.mark.slow
@@ -230,12 +274,13 @@ def test_no_invalid_access_and_no_race():
         pytest.skip("needs compute-sanitizer")
     program = textwrap.dedent("""
         import torch, noesis
-        net = torch.nn.Sequential(torch.nn.Linear(64, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 3)).cuda()
-        wrapped = noesis.wrap(net, layers="all", stats=["zeros"], per_sample=3, capacity=2)
-        for _ in range(4):
-            wrapped(torch.randn(96, 64, device="cuda"))
-            wrapped(torch.randn(3, 64, device="cuda"))
-        wrapped.trace()
+        for per_sample in (False, 3):  # one row and several; outputs of one program and of many
+            net = torch.nn.Sequential(torch.nn.Linear(64, 9000), torch.nn.ReLU(), torch.nn.Linear(9000, 3)).cuda()
+            wrapped = noesis.wrap(net, layers="all", stats=["zeros"], per_sample=per_sample, capacity=2)
+            for _ in range(4):
+                wrapped(torch.randn(96, 64, device="cuda"))
+                wrapped(torch.randn(3, 64, device="cuda"))
+            wrapped.trace()
     """)
     for tool in ("memcheck", "racecheck"):
         done = subprocess.run(

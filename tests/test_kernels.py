@@ -313,8 +313,7 @@ def test_registered_ops_pass_torchs_own_checks():
     torch.library.opcheck(torch.ops.noesis.end.default, (state.control, 3))
 
 
-def test_a_cuda_device_without_triton_is_named(monkeypatch):
-    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+def test_a_cuda_device_without_triton_is_named():
     said = []
     logger.enable("noesis")
     handler = logger.add(lambda message: said.append(message.record["message"]), level="WARNING")
@@ -323,7 +322,8 @@ def test_a_cuda_device_without_triton_is_named(monkeypatch):
     finally:
         logger.remove(handler)
         logger.disable("noesis")
-    assert said == ["triton is not installed: observing on cuda:90 will cost many small kernels per layer"]
+    assert len(said) == 1
+    assert said[0].startswith("no Triton on cuda:90, so observing costs many small kernels per layer: ")
 
 
 def test_rows_are_bitwise_equal_run_after_run():

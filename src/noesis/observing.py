@@ -45,7 +45,7 @@ class Site:
         """Whether this call is none of ours; compiled code asks the device instead."""
         recorder = self.recorder
         if recorder.paused or (recorder.skipping and not self.root):
-            return True
+            return not recorder.capturing()  # a graph asks the device whether to observe, at every replay
         return recomputing() or torch._C._get_tracing_state() is not None
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -181,14 +181,14 @@ class Observed:
         compiling = torch.compiler.is_compiling()
         if site is None or (exporting() if compiling else site.skips()):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        if site.root:
-            site.begin(args, kwargs)
         try:
+            if site.root:
+                site.begin(args, kwargs)
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
             if site.places:
                 if compiling:
                     site.emit(output)
-                elif not site.recorder.skipping:
+                elif not site.recorder.skipping or site.recorder.capturing():
                     site.observe(output)
         finally:
             if site.root:

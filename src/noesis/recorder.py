@@ -19,18 +19,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .errors import WrongState
-from .kernels import moments, rows, scratch, stepping, undisturbed
+from .kernels import CONTROL, moments, rows, scratch, stays, stepping, undisturbed
 from .kernels.routing import RouteBank
 from .kernels.rows import FIELDS, SLOTS
 from .kernels.stepping import (
     ACTIVE,
-    CONTROL,
     ENABLED,
     EVERY,
     FOLD,
     FOLDED,
     FORWARDS,
     OBSERVED,
+    SEQUENCE,
     SLOT,
     STEP,
     TOTALS,
@@ -73,7 +73,7 @@ class Bank:
             self.control[SLOT] = capacity
             self.control[ENABLED] = self.control[ACTIVE] = 1
             for tensor in (self.slab, self.totals, self.steps, self.control, self.scratch, self.no_timestep):
-                _stays(tensor)
+                stays(tensor)
             self._view()
         self.active_before: Tensor | int = 1
         self.routes: RouteBank | None = None
@@ -156,16 +156,16 @@ class Bank:
                 shape[dim] = 1 + samples
                 new = torch.zeros(shape, dtype=old.dtype, device=old.device)
                 new.narrow(dim, 0, old.shape[dim]).copy_(old)
-                setattr(self, name, _stays(new))
+                setattr(self, name, stays(new))
         self._view()
 
     def clear(self) -> None:
         """Forget all steps; the tensors stay where compiled code and graphs know them."""
-        every, enabled, fold = self.control[[EVERY, ENABLED, FOLD]]
-        for tensor in (self.slab, self.totals, self.steps, self.control):
+        for tensor in (self.slab, self.totals, self.steps, self.scratch):
             tensor.zero_()
-        self.control[EVERY], self.control[FOLD], self.control[SLOT] = every, fold, self.capacity
-        self.control[ENABLED] = self.control[ACTIVE] = enabled
+        for field in (FORWARDS, OBSERVED, SEQUENCE, FOLDED):
+            self.control[field] = 0
+        self.control[SLOT], self.control[ACTIVE] = self.capacity, self.control[ENABLED]
         if self.routes is not None:
             self.routes.clear()
 
@@ -179,6 +179,8 @@ class Bank:
 
     def fetch(self) -> tuple[Floats, Floats, Floats, NDArray[np.int64]]:
         """Rows [capacity + 1, rows, layers, FIELDS], totals, steps and control, on the host."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # rows may have been written on any stream
         slab, totals, steps, control = (
             tensor.detach().cpu().numpy() for tensor in (self.slab, self.totals, self.steps, self.control)
         )
@@ -245,13 +247,15 @@ class Recorder:
             if name is not None and name not in self.branches:
                 self.branches.append(name)
         branch = -1 if name is None else self.branches.index(name)
-        if isinstance(timestep, Tensor):
+        if isinstance(timestep, Tensor) and not torch.compiler.is_compiling():
             self.bank(timestep.device)  # so that the timestep never has to leave its device
         for bank in self.banks:
             here = not isinstance(timestep, Tensor) or timestep.device == bank.device
             bank.begin(timestep if here else None, branch, batch)
             if bank.routes is not None:
                 bank.routes.begin(bank.control)
+        if not torch.compiler.is_compiling():
+            self.forwards += 1  # now that the devices have counted it
 
     def end(self) -> None:
         """A forward of the root is over."""
@@ -299,10 +303,9 @@ class Recorder:
 
     def _leaves_out(self) -> bool:
         """Whether this forward is none of the n-th, as far as the host can know."""
-        if any(bank.device.type == "cuda" for bank in self.banks) and torch.cuda.is_current_stream_capturing():
+        if self.capturing():
             self.on_device = True  # a graph asks the device at every replay
-        number, self.forwards = self.forwards, self.forwards + 1
-        return not self.on_device and number % self.every != 0
+        return not self.on_device and self.forwards % self.every != 0
 
     def _samples(self, x: Tensor, bank: Bank) -> int:
         """How many samples `x` can be told apart into; 0 when its first dimension is not of the batch."""
@@ -310,9 +313,18 @@ class Recorder:
         batch = self.batch or length
         if not length or length % batch:
             return 0
-        if batch > bank.samples and not torch.compiler.is_compiling():
-            bank.grow(batch)  # compiled code cannot, and the kernel says so
+        if batch > bank.samples and not torch.compiler.is_compiling() and self._may_grow(bank):
+            bank.grow(batch)  # otherwise the kernel says that there is no room
         return batch
+
+    def _may_grow(self, bank: Bank) -> bool:
+        """Whether the slab may move: not under a CUDA graph, which writes to where it was."""
+        return not (bank.device.type == "cuda" and (self.on_device or self.capturing()))
+
+    def capturing(self) -> bool:
+        """Whether a CUDA graph is being captured, which runs again without the host."""
+        on_cuda = any(bank.device.type == "cuda" for bank in self.banks)
+        return on_cuda and torch.cuda.is_current_stream_capturing()
 
     # ------------------------------------------------------------ control and reading
 
@@ -426,16 +438,7 @@ class Recorder:
 
 def _places(device: torch.device, layers: int) -> list[Tensor]:
     with undisturbed(), torch.inference_mode(False):
-        return [_stays(torch.tensor(index, device=device)) for index in range(layers)]
-
-
-def _stays(tensor: Tensor) -> Tensor:
-    """Tell compiled code that a tensor stays where it is, so that CUDA graphs write to it and do not copy it.
-
-    As `torch._dynamo.mark_static_address`, which to import costs seconds.
-    """
-    tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
-    return tensor
+        return [stays(torch.tensor(index, device=device)) for index in range(layers)]
 
 
 def _padded(array: Floats, axis: int, length: int) -> Floats:

@@ -8,13 +8,14 @@ device, and a CPU path; a Triton kernel takes its place beside them.
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from loguru import logger
 from torch.utils._python_dispatch import _disable_current_modes
 
+#: Numbers in a control block; `stepping` says which.
+CONTROL = 9
 LIBRARY = torch.library.Library("noesis", "FRAGMENT")
 
 
@@ -33,10 +34,17 @@ def register(schema: str, *, cpu: Callable[..., None], anywhere: Callable[..., N
 @functools.cache
 def has_triton(device: torch.device) -> bool:
     """Whether the Triton kernels serve this device; elsewhere plain torch ops do, at many launches a layer."""
-    if device.type != "cuda":
+    # AMD's compiler specialises more than `launching.Kernel` keeps apart.
+    if device.type != "cuda" or torch.version.hip is not None:
         return False
-    if find_spec("triton") is None:
-        logger.warning("triton is not installed: observing on {} will cost many small kernels per layer", device)
+    try:
+        from .stepping_triton import end_triton
+
+        # Triton needs a C compiler, a folder for its cache, and a device it knows: better to learn it here than
+        # in a forward.
+        end_triton(torch.zeros(CONTROL, dtype=torch.int64, device=device), capacity=0)
+    except Exception as error:
+        logger.warning("no Triton on {}, so observing costs many small kernels per layer: {!r}", device, error)
         return False
     return True
 
@@ -48,6 +56,15 @@ def scratch(device: torch.device) -> torch.Tensor:
     from .moments_triton import scratch
 
     return scratch(device)
+
+
+def stays(tensor: torch.Tensor) -> torch.Tensor:
+    """Tell compiled code that a tensor stays where it is, so that CUDA graphs write to it and do not copy it.
+
+    As `torch._dynamo.mark_static_address`, which to import costs seconds.
+    """
+    tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+    return tensor
 
 
 def recomputing() -> bool:

@@ -113,8 +113,8 @@ def observe_reference(x: Tensor, layer: Tensor, samples: int, count_zeros: bool,
 def _check_room(samples: int, room: int) -> None:
     if samples > room:
         raise BadValue(
-            f"Compiled code met a batch of {samples}, and per_sample has room for {room}",
-            "room for every batch, since compiled code cannot make more",
+            f"There is a batch of {samples}, and per_sample has room for {room}",
+            "room for every batch, since compiled code and CUDA graphs cannot make more",
             f"Pass wrap(..., per_sample={samples})",
         )
 

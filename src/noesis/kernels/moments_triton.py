@@ -396,6 +396,8 @@ def observe_triton(
         control: int64 [CONTROL].
         scratch: int32 [LANES, ...], from `scratch()`.
     """
+    if x.is_neg():  # a view with a flag for its sign, which the kernel would not see
+        x = x.resolve_neg()
     device = control.device
     stream = current_stream(device)
     _, room, layers, _ = slab.shape

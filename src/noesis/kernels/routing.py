@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import register
+from . import register, stays
 from .stepping import ACTIVE, ENABLED, EVERY, FORWARDS, OBSERVED, SLOT
 
 #: What is summed beside the tokens of each expert: tokens, those whose logits have an entropy, their
@@ -201,6 +201,8 @@ class RouteBank:
             self.pairs = torch.zeros(pages + 2, layers, experts, experts, dtype=torch.int64, device=device)
             self.last = torch.zeros(layers, 2 + ROWS, dtype=torch.int64, device=device)
             self.layer = [torch.tensor(index, device=device) for index in range(layers)]
+            for tensor in (self.sums, self.pairs, self.last, *self.layer):
+                stays(tensor)
 
     def beside(self, device: torch.device) -> RouteBank:
         """An empty one on another device."""

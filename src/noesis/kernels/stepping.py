@@ -21,13 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import has_triton, register, rows
+from . import CONTROL, has_triton, register, rows
 from .rows import CALLS, COUNT, FIELDS, MEAN, STD
 
 #: Forwards counted, steps observed, the flags that tell a layer where its row goes, if anywhere, calls
 #: since the step began, or since the last one ended, steps that are in the totals, and how many to add
 #: to them at a time once the ring is full (on the CPU, where one call for many costs as much as for one).
-CONTROL = 9
 FORWARDS, OBSERVED, EVERY, ENABLED, ACTIVE, SLOT, SEQUENCE, FOLDED, FOLD = range(CONTROL)
 STEP = 4
 NUMBER, TIMESTEP, BRANCH, BATCH = range(STEP)
