@@ -245,7 +245,7 @@ class Nervecode(Peer):
     def __init__(self, module: nn.Module, names: Iterable[str]) -> None:
         """Put its wrappers where it has one for the layer."""
         if version("nervecode") is None:
-            raise UnsuitableError("not installed: pip install --no-deps nervecode==0.1.1")
+            raise UnsuitableError("not installed: pip install -e '.[benchmark]'")
         from nervecode.layers.wrap import wrap
 
         names = list(names)

@@ -280,7 +280,7 @@ def test_a_model_observed_by_the_kernels(options, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
-def test_compiles_for_real_devices_without_spilling(arch, record_property):
+def test_compiles_for_real_devices_without_spilling(arch, capsys):
     """A GPU is not needed to compile; the interpreter of this process is left out by a process of its own."""
     script = Path(__file__).with_name("compile_kernels.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -289,13 +289,19 @@ def test_compiles_for_real_devices_without_spilling(arch, record_property):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout)
-    for name, use in report.items():  # shown by `pytest --junit-xml`
-        record_property(f"sm_{arch} {name}", use)
+    with capsys.disabled():
+        sys.stdout.write(f"\nsm_{arch}: registers, bytes spilled\n")
+        for name, use in report.items():
+            sys.stdout.write(f"  {name:<36} {use['registers']:>4} {use['spilled_bytes']:>4}\n")
     assert len(report) >= 10
     for name, use in report.items():
         assert use["spilled_bytes"] == 0, name
         # 256 threads a program, two programs a multiprocessor.
         assert 0 < use["registers"] <= 128, name
+    # 16 bytes at a time, or nothing reaches the bandwidth.
+    assert all(
+        use["wide_loads"] for name, use in report.items() if name in ("moments fp32", "moments fp16", "moments bf16")
+    )
 
 
 def test_every_stream_has_scratch_of_its_own():
