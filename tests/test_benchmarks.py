@@ -283,6 +283,10 @@ def test_overhead_writes_what_the_table_shows(script, tmp_path, capsys):
     assert f"torch {torch.__version__}" in text
 
 
+def test_the_readme_says_what_the_results_say(script):
+    script("table").main(["--check"])
+
+
 def test_the_table_goes_between_the_markers_and_is_checked(script, tmp_path, capsys):
     table = script("table")
     told = {"seconds": 2.0, "overhead_percent": 0.5, "overhead_percent_quartiles": [0.25, 1.0], "layers": 7}

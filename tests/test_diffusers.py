@@ -23,6 +23,7 @@ from diffusers.callbacks import SDXLCFGCutoffCallback
 from diffusers.hooks import FirstBlockCacheConfig
 from pipelines import PROMPT, build, call, vae
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import noesis
 from noesis.integrations.diffusers import DENOISER, guidance_branch
@@ -720,3 +721,23 @@ def test_the_example(pipelines: dict[str, Any], tmp_path: Path, capsys: pytest.C
     assert {path.name for path in out.iterdir()} == {
         "seed_1.safetensors", "seed_2.safetensors", "seed_1.png", "seed_2.png", "comparison.png",
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_repeated_blocks_compile_once():
+    """diffusers' regional compilation finds blocks by class name; observed, they share their graph all the same."""
+
+    def frames(observe: bool) -> tuple[int, list[list[int]]]:
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        pipe = build("flux")
+        wrapped = noesis.wrap(pipe, layers="blocks") if observe else None
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=counter)
+        call("flux", pipe)
+        return counter.frame_count, [] if wrapped is None else wrapped.trace().calls.tolist()
+
+    bare, _ = frames(observe=False)
+    observed, calls = frames(observe=True)
+    assert observed == bare
+    assert calls
+    assert all(count == 1 for step in calls for count in step)

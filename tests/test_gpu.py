@@ -194,6 +194,15 @@ def test_compiled(mode):
     np.testing.assert_allclose(trace.values[-1], eager.trace().values[0], rtol=1e-4, atol=1e-5)
 
 
+def test_moved_after_wrapping_and_compiled():
+    wrapped = noesis.wrap(model(), layers="all")
+    net = wrapped.model.cuda().eval()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(net, fullgraph=True)(torch.randn(4, 3, 16, 16, device="cuda"))
+    assert wrapped.trace().calls.tolist() == [[1] * 5]
+
+
 def test_layers_on_two_streams():
     class Forked(nn.Module):
         def __init__(self) -> None:

@@ -259,6 +259,9 @@ def play(state: State, path: str, samples: int = 0) -> None:
             observe(1, torch.randn(2, 6000, generator=generator) + 1)
             observe(0, torch.randn(4, 5, generator=generator))
             end()
+        if number == 2:  # as when a model calls itself: the inner call has ended the step
+            observe(1, torch.randn(2, 8, generator=generator))
+            end()
 
 
 @pytest.mark.parametrize("samples", [0, 2])
@@ -289,6 +292,15 @@ def test_a_step_merges_calls_and_keeps_the_order():
     assert last[:, CALLS].tolist() == [2, 1]
     assert last[:, ORDER].tolist() == [1, 2]
     assert last[0, rows.COUNT] == 2 * 30 + 4 * 5
+
+
+def test_a_lazily_negated_view(one_thread):
+    for size in (100, 70_000):
+        x = torch.randn(size, dtype=torch.complex64).conj().imag
+        assert x.is_neg()
+        state = State(layers=1)
+        moments.observe_cpu(x, 0, 0, True, state.slab.numpy(), state.control.numpy())
+        check(rows.unpack(state.slab[-1, 0, 0].numpy(), np.zeros(len(FIELDS))), x.resolve_neg())
 
 
 def test_the_device_path_never_waits_for_the_device():

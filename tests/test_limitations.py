@@ -444,6 +444,14 @@ def test_a_model_that_calls_itself_begins_a_step_each_time() -> None:
     assert wrapped.trace().calls.tolist() == [[0], [1], [1]]  # outer, inner, and what follows the inner one
 
 
+def test_every_is_the_containers() -> None:
+    model = small()
+    model.every = 7
+    wrapped = noesis.wrap(model, layers="all")
+    wrapped.every = 2
+    assert (wrapped.every, wrapped.model.every) == (2, 7)
+
+
 def gradients(model: nn.Module, emulate: bool) -> list[Tensor]:
     """Output and gradients of a forward and backward pass, compiled by Inductor."""
     torch._dynamo.reset()

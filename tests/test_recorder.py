@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -305,3 +307,67 @@ def test_tracing_observes_nothing():
     with pytest.warns(DeprecationWarning, match="jit"):
         torch.jit.trace(model, torch.ones(1, 4), check_trace=False)
     assert len(wrapped.trace()) == 0
+
+
+def test_every_can_be_changed_and_keeps_to_its_bounds():
+    model = nn.Sequential(nn.Identity())
+    wrapped = noesis.wrap(model, layers="all", every=2)
+    for bad in (0, -1, 1.5, True, 2**31):
+        with pytest.raises(noesis.NoesisError, match=r"every=.* Expected a whole number from 1, below 2\*\*31"):
+            wrapped.every = bad
+    assert wrapped.every == 2
+    wrapped.every = 3
+    for _ in range(7):
+        wrapped(torch.ones(2))
+    assert wrapped.trace().steps.tolist() == [0, 3, 6]
+    assert noesis.wrap(model, layers="all", every=3).every == 3
+    with pytest.raises(noesis.NoesisError, match="other settings"):
+        noesis.wrap(model, layers="all", every=2)
+
+
+def test_what_runs_after_a_reset_within_a_forward_belongs_to_the_next_step():
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    wrapped = noesis.wrap(model, layers="all")
+    handle = model[0].register_forward_hook(lambda *_: wrapped.reset())
+    wrapped(torch.ones(3))
+    handle.remove()
+    for _ in range(2):
+        wrapped(torch.ones(3))
+    assert wrapped.trace().calls.tolist() == [[2, 2], [1, 1]]
+
+
+def test_the_totals_are_those_of_all_steps_whatever_the_ring_holds():
+    steps = [torch.randn(5) * (number + 1) for number in range(150)]
+    steps[3][2], steps[140][:] = float("nan"), float("inf")
+    values = torch.cat(steps).double().numpy()
+    finite = values[np.isfinite(values)]
+    size = len(finite)
+    expected = [size, finite.mean(), finite.std(ddof=1), abs(finite).mean(), finite.min(), finite.max(), 750 - size]
+    for capacity in (1, 2, 3, 63, 64, 65, 149, 150, 151):
+        wrapped = noesis.wrap(nn.Sequential(nn.Identity()), layers="0", capacity=capacity)
+        for x in steps:
+            wrapped(x)
+        trace = wrapped.trace()
+        np.testing.assert_allclose(trace.totals[0], expected, rtol=1e-5)
+        assert trace.steps.tolist() == list(range(max(0, 150 - capacity), 150))
+
+
+def test_adding_steps_to_the_totals_takes_little_memory():
+    model = nn.Sequential(*[nn.Identity() for _ in range(300)])
+    wrapped = noesis.wrap(model, layers="all", per_sample=8, capacity=70)
+    for _ in range(70):
+        wrapped(torch.ones(8, 2))
+    slab = wrapped._recorder.banks[0].slab
+    tracemalloc.start()
+    for _ in range(70):
+        wrapped(torch.ones(8, 2))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * slab.numel() * slab.element_size()
+
+
+def test_infinite_rows_leave_the_ring_without_a_warning():
+    wrapped = noesis.wrap(nn.Sequential(nn.Identity()), layers="0", capacity=2)
+    for _ in range(4):
+        wrapped(torch.tensor([1e200, -1e200], dtype=torch.float64))
+    assert wrapped.trace().totals[0, 0] == 8

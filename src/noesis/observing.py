@@ -44,8 +44,9 @@ class Site:
     def skips(self) -> bool:
         """Whether this call is none of ours; compiled code asks the device instead."""
         recorder = self.recorder
-        if recorder.paused or (recorder.skipping and not self.root):
-            return not recorder.capturing()  # a graph asks the device whether to observe, at every replay
+        off = recorder.paused or (recorder.skipping and not self.root)
+        if off and not recorder.capturing():  # a graph asks the device whether to observe, at every replay
+            return True
         return recomputing() or torch._C._get_tracing_state() is not None
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -194,6 +195,14 @@ class Observed:
             if site.root:
                 site.end()
         return output
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Move or convert the module, as its class does; the recorder follows to the device."""
+        result = super()._apply(*args, **kwargs)  # type: ignore[misc]
+        site = self._noesis
+        if site is not None and site.root:
+            site.recorder.go_to({parameter.device for parameter in self.parameters()})  # type: ignore[attr-defined]
+        return result
 
     def __repr__(self) -> str:
         return f"Observed{super().__repr__()}"

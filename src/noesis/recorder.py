@@ -39,8 +39,9 @@ from .routes import Router, Routes
 from .trace import Trace, stats_of
 
 Floats = NDArray[np.float64]
-#: Steps that the CPU adds to the totals at a time, once the ring is full.
-FOLD_CPU = 64
+#: Steps that the CPU adds to the totals at a time once the ring is full, and rows, which bound the scratch memory.
+LARGEST_FOLD = 64
+FOLDED_ROWS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Bank:
             self.scratch = scratch(device)
             self.no_timestep = torch.full((), torch.nan, dtype=wide, device=device)
             self.control[EVERY] = every
-            self.control[FOLD] = min(capacity, FOLD_CPU) if device.type == "cpu" else 1
+            self.control[FOLD] = self._fold() if device.type == "cpu" else 1
             self.control[SLOT] = capacity
             self.control[ENABLED] = self.control[ACTIVE] = 1
             for tensor in (self.slab, self.totals, self.steps, self.control, self.scratch, self.no_timestep):
@@ -87,6 +88,11 @@ class Bank:
     def samples(self) -> int:
         """Samples there is room for; 0 without per-sample rows."""
         return self.totals.shape[0] - 1
+
+    def _fold(self) -> int:
+        """Steps to add to the totals at a time: many where they are small."""
+        _, room, layers, _ = self.slab.shape
+        return max(1, min(self.capacity, LARGEST_FOLD, FOLDED_ROWS // (room * layers)))
 
     def _view(self) -> None:
         on_cpu = self.device.type == "cpu"
@@ -157,6 +163,7 @@ class Bank:
                 new = torch.zeros(shape, dtype=old.dtype, device=old.device)
                 new.narrow(dim, 0, old.shape[dim]).copy_(old)
                 setattr(self, name, stays(new))
+        self.control[FOLD] = self.control[FOLD].clamp(max=self._fold())
         self._view()
 
     def clear(self) -> None:
@@ -290,6 +297,12 @@ class Recorder:
         """The bank of a device, made when the first layer runs there."""
         return self.banks[self._position(device)]
 
+    def go_to(self, devices: set[torch.device]) -> None:
+        """Have banks where the model was moved to: compiled code could not make them."""
+        for device in devices:
+            if device.type != "meta":
+                self.bank(device)
+
     def _position(self, device: torch.device) -> int:
         for position, bank in enumerate(self.banks):
             if bank.device == device:
@@ -339,10 +352,10 @@ class Recorder:
 
     def set_every(self, every: int) -> None:
         """Observe every n-th forward from now on; compiled code and graphs read it on the device."""
-        self.every = every
         with undisturbed():
             for bank in self.banks:
                 bank.control[EVERY] = every
+        self.every = self.settings["every"] = every
 
     def reset(self, meta: dict[str, Any]) -> None:
         """Forget the run and start another one."""
@@ -438,7 +451,7 @@ class Recorder:
 
 def _places(device: torch.device, layers: int) -> list[Tensor]:
     with undisturbed(), torch.inference_mode(False):
-        return [stays(torch.tensor(index, device=device)) for index in range(layers)]
+        return [stays(index.clone()) for index in torch.arange(layers, device=device)]
 
 
 def _padded(array: Floats, axis: int, length: int) -> Floats:

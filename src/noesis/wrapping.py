@@ -371,8 +371,10 @@ def _check_stats(stats: Sequence[str]) -> tuple[str, ...]:
 
 def _check_numbers(**numbers: Any) -> None:
     for name, value in numbers.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise BadValue(f"{name}={value!r}", "a whole number from 1", f"Leave {name} out for its default")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 31:
+            raise BadValue(
+                f"{name}={value!r}", "a whole number from 1, below 2**31", f"Leave {name} out for its default"
+            )
 
 
 def resolve(model: Any) -> tuple[Any, nn.Module, list[nn.Module], Any]:

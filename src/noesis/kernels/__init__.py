@@ -43,6 +43,8 @@ def has_triton(device: torch.device) -> bool:
         # Triton needs a C compiler, a folder for its cache, and a device it knows: better to learn it here than
         # in a forward.
         end_triton(torch.zeros(CONTROL, dtype=torch.int64, device=device), capacity=0)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         logger.warning("no Triton on {}, so observing costs many small kernels per layer: {!r}", device, error)
         return False

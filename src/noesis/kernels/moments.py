@@ -133,6 +133,8 @@ def observe_cpu(
     """The same on the CPU, in blocks that stay in its cache; `.item()` waits for no device here."""
     if not control[ACTIVE]:
         return
+    if x.is_neg():  # a view with a flag for its sign, which NumPy refuses
+        x = x.resolve_neg()
     order = int(control[SEQUENCE]) + 1
     control[SEQUENCE] = order
     target = slab[control[SLOT], :, layer]  # [rows, SLOTS]

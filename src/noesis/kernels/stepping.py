@@ -113,7 +113,8 @@ def begin_cpu(
     slot = observed % capacity if active else capacity
     if active and observed - folded >= capacity:
         held = slab[[step % capacity for step in range(folded, folded + fold)]]
-        totals[...] = add_steps(totals, rows.unpack(held, np.zeros((*held.shape[:-1], len(FIELDS)))))
+        with np.errstate(over="ignore", invalid="ignore"):  # rows of float64 outputs may hold infinities
+            totals[...] = add_steps(totals, rows.unpack(held, np.zeros((*held.shape[:-1], len(FIELDS)))))
         control[FOLDED] = folded + fold
     control[FORWARDS] = forwards + 1
     control[OBSERVED] = observed + active
@@ -129,9 +130,10 @@ def begin_cpu(
 
 def end(control: Any, capacity: int) -> None:
     """End a step: what is called from now on belongs to the next one."""
+    # While paused, or when a step inside this one has ended it, calls made since stay where they are.
+    control[SEQUENCE] *= 1 - control[ENABLED] * (control[SLOT] != capacity)
     control[ACTIVE] = control[ENABLED]
     control[SLOT] = capacity
-    control[SEQUENCE] *= 1 - control[ENABLED]  # while paused, calls made before stay where they are
 
 
 def begin_anywhere(

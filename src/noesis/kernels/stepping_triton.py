@@ -77,7 +77,7 @@ def _first(calls, order, calls2, order2):
 
 @triton.jit
 def _fold(p_total, m, count, nonfinite, zeros, mean, std, abs_mean, low, high, calls, order):
-    """Add a step's row to the totals; `stepping.add_step`."""
+    """Add a step's row to the totals; `stepping.add_steps`."""
     old_calls = tl.load(p_total + CALLS, mask=m, other=0.0)
     total, whole, spread, whole_abs, lowest, highest = _union(
         tl.load(p_total + COUNT, mask=m, other=0.0),
@@ -193,9 +193,10 @@ def begin_kernel(
 def end_kernel(p_control, capacity: tl.int64):
     """End a step; `stepping.end`."""
     enabled = tl.load(p_control + ENABLED)
+    ends = (enabled != 0) & (tl.load(p_control + SLOT) != capacity)
+    tl.store(p_control + SEQUENCE, tl.where(ends, 0, tl.load(p_control + SEQUENCE)))
     tl.store(p_control + ACTIVE, enabled)
     tl.store(p_control + SLOT, capacity)
-    tl.store(p_control + SEQUENCE, tl.where(enabled != 0, 0, tl.load(p_control + SEQUENCE)))
 
 
 _BEGIN = Kernel(begin_kernel, warps=4)
