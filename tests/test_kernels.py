@@ -72,10 +72,10 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("size", [moments.SPLIT_ALONE, moments.SPLIT_ALONE + 1, 2 * moments.BLOCK + 17])
+@pytest.mark.parametrize("size", [moments.GRAIN + 1, moments.BLOCK, 2 * moments.BLOCK + 17])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("one_thread")
-def test_one_thread_takes_other_blocks(size, dtype):
+def test_one_thread_takes_other_operations(size, dtype):
     x = (torch.randn(size) * 3 + 0.5).to(dtype)
     check(by_cpu(x), x)
     x[size // 2] = math.nan
