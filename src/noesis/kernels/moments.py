@@ -25,6 +25,8 @@ from .stepping import ACTIVE, SEQUENCE, SLOT
 
 #: Elements measured at a time on the CPU: large enough for the threads, small enough for the cache.
 BLOCK = 1 << 20
+#: The same for larger outputs where one thread works, which has no others to wait for.
+BLOCK_ALONE = 1 << 17
 #: Elements in one dot product, whose float32 sums lose digits with length.
 LONGEST_DOT = 1 << 18
 #: Elements measured at a time by the reference, which bounds its scratch memory.
@@ -199,7 +201,8 @@ def _measure(x: Tensor, count_zeros: bool) -> tuple[float, ...]:
         return _measure_small(x.double().numpy().reshape(-1), count_zeros)
     if x.dim() == 1 and 0 < x.numel() <= BLOCK:
         return _measure_block(x, count_zeros)
-    blocks = [_measure_block(part, count_zeros) for part in _blocks(x)]
+    size = BLOCK_ALONE if torch.get_num_threads() == 1 else BLOCK
+    blocks = [_measure_block(part, count_zeros) for part in _blocks(x, size)]
     if len(blocks) == 1:
         return blocks[0]
     if not blocks:
@@ -208,14 +211,14 @@ def _measure(x: Tensor, count_zeros: bool) -> tuple[float, ...]:
     return merged
 
 
-def _blocks(x: Tensor) -> list[Tensor]:
-    """Contiguous 1-D pieces of at most BLOCK elements; a tensor with gaps is copied piece by piece."""
+def _blocks(x: Tensor, size: int) -> list[Tensor]:
+    """Contiguous 1-D pieces of at most `size` elements; a tensor with gaps is copied piece by piece."""
     if x.dim() == 1:
-        return list(x.split(BLOCK)) if x.numel() else []
-    if x.numel() <= BLOCK:
+        return list(x.split(size)) if x.numel() else []
+    if x.numel() <= size:
         return [x.reshape(-1)] if x.numel() else []
-    step = max(1, BLOCK * x.shape[0] // x.numel())
-    return [piece for part in x.split(step) for piece in _blocks(part[0] if part.shape[0] == 1 else part)]
+    step = max(1, size * x.shape[0] // x.numel())
+    return [piece for part in x.split(step) for piece in _blocks(part[0] if part.shape[0] == 1 else part, size)]
 
 
 def _measure_small(x: NDArray[np.float64], count_zeros: bool) -> tuple[float, ...]:
