@@ -1,8 +1,9 @@
 """What runs on the hot path: one operation per file, registered under `torch.ops.noesis`.
 
 `rows` is the algebra of a row of statistics, `moments` measures a tensor into a row, `stepping`
-moves the ring of steps. Each operation has a path of plain torch ops that never waits for the
-device, and a CPU path; a Triton kernel takes its place beside them.
+moves the ring of steps, `routing` counts experts. Each has a path of plain torch ops that never
+waits for the device, and a CPU path; `moments` and `stepping` have Triton kernels too, in
+`moments_triton` and `stepping_triton`, which are imported late since importing triton takes long.
 """
 
 import functools
@@ -55,9 +56,9 @@ def scratch(device: torch.device) -> torch.Tensor:
     """What the kernels of a device need beside the state, made when wrapping."""
     if not has_triton(device):
         return torch.zeros(1, 1, dtype=torch.int32, device=device)
-    from .moments_triton import scratch
+    from . import moments_triton
 
-    return scratch(device)
+    return moments_triton.scratch(device)
 
 
 def stays(tensor: torch.Tensor) -> torch.Tensor:
