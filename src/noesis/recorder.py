@@ -217,6 +217,7 @@ class Recorder:
         self.banks = [Bank(device, len(names), capacity, samples, every)]
         # A tensor per layer and bank: a Python int would make compiled code differ from layer to layer.
         self.places: list[list[Tensor]] = [[place] for place in _places(device, len(names))]
+        self.on_cuda = device.type == "cuda"
         self.every = every
         self.paused = False
         self.forwards = 0  # that the host has begun, to leave out what `every` leaves out without asking the device
@@ -308,6 +309,7 @@ class Recorder:
             if bank.device == device:
                 return position
         self.banks.append(self.banks[0].beside(device))
+        self.on_cuda = self.on_cuda or device.type == "cuda"
         for places, place in zip(self.places, _places(device, len(self.names)), strict=True):
             places.append(place)
         for bank in self.banks:
@@ -336,8 +338,7 @@ class Recorder:
 
     def capturing(self) -> bool:
         """Whether a CUDA graph is being captured, which runs again without the host."""
-        on_cuda = any(bank.device.type == "cuda" for bank in self.banks)
-        return on_cuda and torch.cuda.is_current_stream_capturing()
+        return self.on_cuda and torch.cuda.is_current_stream_capturing()
 
     # ------------------------------------------------------------ control and reading
 
