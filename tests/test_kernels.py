@@ -14,7 +14,7 @@ from loguru import logger
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from noesis import kernels
-from noesis.kernels import moments, rows, stepping
+from noesis.kernels import moments, moments_numpy, rows, stepping
 from noesis.kernels.rows import CALLS, FIELDS, ORDER
 
 EXACT = [rows.COUNT, rows.NONFINITE, rows.ZEROS, rows.MIN, rows.MAX]
@@ -44,16 +44,27 @@ def check(row: np.ndarray, x: torch.Tensor, tolerance: float = 2e-6) -> None:
     assert row[rows.STD] == pytest.approx(want[rows.STD], rel=1e-5, abs=tolerance * size * 1e-3)
 
 
-def by_cpu(x: torch.Tensor) -> np.ndarray:
-    return np.array(moments._measure(moments._storage_order(x), True))
+def observed_by(observe, x: torch.Tensor) -> np.ndarray:
+    state = State(layers=1)
+    observe(x, state.slab.numpy(), state.control.numpy())
+    return rows.unpack(state.slab[-1, 0, 0].numpy().astype(np.float64), np.zeros(len(FIELDS)))
+
+
+def by_numba(x: torch.Tensor) -> np.ndarray:
+    assert moments._numba() is not None
+    return observed_by(lambda x, slab, control: moments.observe_cpu(x, 0, 0, True, slab, control), x)
+
+
+def by_numpy(x: torch.Tensor) -> np.ndarray:
+    return observed_by(lambda x, slab, control: moments_numpy.observe(x, 0, True, 0, slab, control), x)
 
 
 def by_reference(x: torch.Tensor) -> np.ndarray:
-    return moments.reference(moments._by_sample(x, 0), True)[0].numpy()
+    return moments.reference(moments.by_sample(x, 0), True)[0].numpy()
 
 
-PATHS = pytest.mark.parametrize("path", [by_cpu, by_reference])
-SIZES = [1, 2, 3, 63, 123, 4097, moments.BLOCK - 1, moments.BLOCK, 2 * moments.BLOCK + 17]
+PATHS = pytest.mark.parametrize("path", [by_numba, by_numpy, by_reference])
+SIZES = [1, 2, 3, 63, 123, 4097, moments_numpy.BLOCK - 1, moments_numpy.BLOCK, 2 * moments_numpy.BLOCK + 17]
 
 
 @PATHS
@@ -72,14 +83,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("size", [moments.GRAIN + 1, moments.BLOCK, 2 * moments.BLOCK + 17])
+@pytest.mark.parametrize("size", [moments_numpy.GRAIN + 1, moments_numpy.BLOCK, 2 * moments_numpy.BLOCK + 17])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("one_thread")
 def test_one_thread_takes_other_operations(size, dtype):
     x = (torch.randn(size) * 3 + 0.5).to(dtype)
-    check(by_cpu(x), x)
+    check(by_numpy(x), x)
     x[size // 2] = math.nan
-    check(by_cpu(x), x)
+    check(by_numpy(x), x)
 
 
 @PATHS
@@ -115,7 +126,7 @@ def test_ranges(path, make):
     "bad",
     [[math.nan], [math.inf], [-math.inf], [math.nan, math.inf, -math.inf], [-math.nan]],
 )
-@pytest.mark.parametrize("size", [1, 2, 100, moments.BLOCK + 5])
+@pytest.mark.parametrize("size", [1, 2, 100, moments_numpy.BLOCK + 5])
 def test_nonfinite(path, bad, size):
     x = torch.randn(size)
     for position, value in enumerate(bad):
@@ -148,8 +159,8 @@ def test_strides(path, view):
 
 def test_storage_order_does_not_copy():
     x = torch.randn(2, 8, 5, 5).to(memory_format=torch.channels_last)
-    assert moments._storage_order(x).data_ptr() == x.data_ptr()
-    assert moments._storage_order(x).dim() == 1
+    assert moments.storage_order(x).data_ptr() == x.data_ptr()
+    assert moments.storage_order(x).dim() == 1
 
 
 def test_counts_are_exact_past_two_to_the_24():
@@ -221,8 +232,11 @@ def play(state: State, path: str, samples: int = 0) -> None:
     layer = [torch.tensor(0, device=device), torch.tensor(1, device=device)]
 
     def observe(index: int, x: torch.Tensor) -> None:
-        if path == "cpu":
+        if path == "numba":
             moments.observe_cpu(x, index, samples, True, state.slab.numpy(), state.control.numpy())
+        elif path == "numpy":
+            if state.control[stepping.ACTIVE]:
+                moments_numpy.observe(x, samples, True, index, state.slab.numpy(), state.control.numpy())
         elif path == "reference":
             moments.observe_reference(x, layer[index], samples, True, state.slab, state.control)
         else:
@@ -233,7 +247,7 @@ def play(state: State, path: str, samples: int = 0) -> None:
     def begin(number: int) -> None:
         step = (number % 2 - 1, 2)
         timestep = torch.tensor(float(number), dtype=torch.float64, device=device)
-        if path == "cpu":
+        if path in {"numba", "numpy"}:
             stepping.begin_cpu(float(number), *step, *(tensor.numpy() for tensor in state.all()))
         elif path == "reference":
             stepping.begin_reference(timestep, *step, *state.all())
@@ -248,7 +262,7 @@ def play(state: State, path: str, samples: int = 0) -> None:
 
             end_triton(state.control, len(state.steps))
         else:
-            stepping.end(state.control.numpy() if path == "cpu" else state.control, len(state.steps))
+            stepping.end(state.control if path == "reference" else state.control.numpy(), len(state.steps))
 
     for number in range(9):
         if number in (0, 4):
@@ -266,9 +280,10 @@ def play(state: State, path: str, samples: int = 0) -> None:
 
 @pytest.mark.parametrize("samples", [0, 2])
 @pytest.mark.parametrize("every", [1, 2])
-def test_device_path_and_cpu_path_agree(samples, every):
+@pytest.mark.parametrize("path", ["numba", "numpy"])
+def test_device_path_and_cpu_path_agree(path, samples, every):
     cpu, device = State(samples=samples, every=every), State(samples=samples, every=every)
-    play(cpu, "cpu", samples)
+    play(cpu, path, samples)
     play(device, "reference", samples)
     for one, other, name in zip(cpu.all(), device.all(), ("slab", "totals", "steps", "control"), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
@@ -278,8 +293,8 @@ def test_device_path_and_cpu_path_agree(samples, every):
 @pytest.mark.parametrize("samples", [0, 2])
 def test_adding_several_steps_to_the_totals_at_once(samples):
     one, many = State(samples=samples, capacity=4), State(samples=samples, capacity=4, fold=3)
-    play(one, "cpu", samples)
-    play(many, "cpu", samples)
+    play(one, "numba", samples)
+    play(many, "numba", samples)
     assert (one.control[stepping.FOLDED], many.control[stepping.FOLDED]) == (5, 6)
     rest = rows.unpack(one.slab[[5 % 4]].numpy(), np.zeros((1, 1 + samples, 2, len(FIELDS))))
     np.testing.assert_allclose(stepping.add_steps(one.totals.numpy(), rest), many.totals.numpy(), rtol=1e-12)
@@ -287,7 +302,7 @@ def test_adding_several_steps_to_the_totals_at_once(samples):
 
 def test_a_step_merges_calls_and_keeps_the_order():
     state = State()
-    play(state, "cpu")
+    play(state, "numba")
     last = rows.unpack(state.slab[(9 - 1) % 3, 0].numpy(), np.zeros((2, len(FIELDS))))
     assert last[:, CALLS].tolist() == [2, 1]
     assert last[:, ORDER].tolist() == [1, 2]
@@ -338,7 +353,41 @@ def test_a_cuda_device_without_triton_is_named():
     assert said[0].startswith("no Triton on cuda:90, so observing costs many small kernels per layer: ")
 
 
-def test_rows_are_bitwise_equal_run_after_run():
+@pytest.mark.parametrize("path", [by_numba, by_numpy])
+def test_rows_are_bitwise_equal_run_after_run(path):
     x = torch.randn(700_001)
-    first = by_cpu(x)
-    assert all((by_cpu(x) == first).all() for _ in range(5))
+    first = path(x)
+    assert all((path(x.clone()) == first).all() for _ in range(5))
+    assert (path(torch.cat([x[:1], x])[1:]) == first).all()  # wherever in memory it begins
+
+
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x.to(memory_format=torch.channels_last), lambda x: x[:, ::2]])
+@pytest.mark.parametrize("shape", [(3, 4, 5, 5), (3, 4, 50, 50)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("samples", [3, 1])
+def test_samples_of_any_layout(view, shape, dtype, samples):
+    x = view(torch.randn(shape)).to(dtype)
+    state = State(layers=1, samples=3)
+    moments.observe_cpu(x, 0, samples, True, state.slab.numpy(), state.control.numpy())
+    got = rows.unpack(state.slab[-1, :, 0].numpy().astype(np.float64), np.zeros((4, len(FIELDS))))
+    for row, part in zip(got[1:], x.split(3 // samples), strict=False):
+        check(row, part)
+    assert not got[0].any()
+
+
+def test_every_float16_and_bfloat16_is_read_as_torch_reads_it():
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        for chunk in bits.view(dtype).split(64):
+            check(by_numba(chunk), chunk)
+
+
+def test_without_numba_numpy_does_it(monkeypatch):
+    monkeypatch.setattr(moments.importlib.util, "find_spec", lambda _: None)
+    moments._numba.cache_clear()
+    try:
+        assert moments._numba() is None
+        x = torch.randn(100)
+        check(observed_by(lambda x, slab, control: moments.observe_cpu(x, 0, 0, True, slab, control), x), x)
+    finally:
+        moments._numba.cache_clear()

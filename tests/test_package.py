@@ -37,7 +37,7 @@ PUBLIC = [
     "wrap",
 ]
 CORE = {"torch", "numpy", "safetensors", "loguru"}
-OPTIONAL = ["accelerate", "diffusers", "lightning", "matplotlib", "peft", "sklearn", "transformers"]
+OPTIONAL = ["accelerate", "diffusers", "lightning", "matplotlib", "numba", "peft", "sklearn", "transformers"]
 
 
 def test_public_names() -> None:
@@ -93,7 +93,8 @@ ALL_NAMES = (
 )
 ALL_MODULES = (
     "import importlib, pkgutil, noesis\n"
-    "for module in pkgutil.walk_packages(noesis.__path__, 'noesis.'): importlib.import_module(module.name)\n"
+    "for module in pkgutil.walk_packages(noesis.__path__, 'noesis.'):\n"
+    "    if not module.name.endswith('_numba'): importlib.import_module(module.name)\n"
 )
 
 
@@ -137,7 +138,7 @@ LIBRARY, TOP = 3, 4
 FLOORS = {"errors": 0, "_version": 0, "files": 1, "kernels": 1, "v01": 2, "integrations": TOP, "cli": TOP}
 HOST_SIDE = {"trace", "soulprint", "comparison"}
 DEVICE_SIDE = {"observing", "recorder", "wrapping"}
-TRITON = "_triton"  # modules with Triton kernels, which are imported late
+COMPILERS = ("triton", "numba")  # modules named after one hold its kernels; others import them late
 
 Imports = dict[str, set[str]]
 
@@ -197,6 +198,11 @@ def _absolute(statement: ast.ImportFrom, name: str, is_package: bool) -> str:
     return ".".join([*parts[:keep], *filter(None, [statement.module])])
 
 
+def compiler(name: str) -> str | None:
+    """The compiler whose kernels a module holds."""
+    return next((package for package in COMPILERS if name.endswith(f"_{package}")), None)
+
+
 def floor(name: str) -> int:
     """How high a module stands; the root, which gathers the public names, above all."""
     return FLOORS.get(name.partition(".")[0], LIBRARY) if name else TOP + 1
@@ -222,12 +228,13 @@ def violations(package: Path) -> list[str]:
     found: list[str] = []
     for name in trees:
         loading[name], others = targets(trees, packages, name, late=False)
-        foreign = others - CORE - sys.stdlib_module_names - ({"triton"} if name.endswith(TRITON) else set())
+        foreign = others - CORE - sys.stdlib_module_names - {compiler(name)}
         found += [f"{name} imports {other} as it loads" for other in sorted(foreign)]
     for name, below in loading.items():
         for other in sorted(below - {name}):
-            if other.endswith(TRITON):
-                found.append(f"{name} imports {other}, and with it triton, as it loads")
+            package = compiler(other)
+            if package is not None and package != compiler(name):
+                found.append(f"{name} imports {other}, and with it {package}, as it loads")
             siblings = name.split(".")[0] == other.split(".")[0] or floor(name) == floor(other) == LIBRARY
             if not (floor(other) < min(floor(name), TOP) or siblings):
                 found.append(f"{name or 'noesis'} imports {other or 'noesis'}")
@@ -253,6 +260,7 @@ def test_imports_run_downwards() -> None:
         ("kernels/moments.py", "import noesis.v01", "kernels.moments imports v01"),
         ("kernels/moments.py", "import triton", "kernels.moments imports triton as it loads"),
         ("kernels/moments.py", "from . import a_triton", "imports kernels.a_triton, and with it triton, as it loads"),
+        ("kernels/a_triton.py", "from . import b_numba", "imports kernels.b_numba, and with it numba, as it loads"),
         ("v01.py", "from noesis.trace import Trace", "v01 imports trace"),
         ("trace.py", "from .middle import x", "trace reaches observing"),
         ("trace.py", "def f():\n    from .recorder import x", "trace reaches recorder"),
@@ -272,6 +280,7 @@ def test_a_wrong_import_is_found(tmp_path: Path, name: str, source: str, expecte
         "files": "from .errors import NoesisError",
         "kernels/moments": "import torch\n\nfrom ..errors import NoesisError",
         "kernels/a_triton": "import triton",
+        "kernels/b_numba": "import numba",
         "v01": "from .files import read_json\nfrom .errors import NoesisError",
         "middle": "from typing import TYPE_CHECKING\n\nfrom .observing import wrap\nfrom .kernels import moments\n"
         "if TYPE_CHECKING:\n    from .cli import main\n\ndef f():\n    import matplotlib\n    from .cli import main",

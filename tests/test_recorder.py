@@ -162,7 +162,7 @@ def test_a_row_per_sample():
     assert len(trace.samples) == 5
     hidden = model[0](x).detach().double()
     for index, sample in enumerate(trace.samples):
-        assert sample["mean"][0, 0] == pytest.approx(hidden[index].mean().item(), rel=1e-6)
+        assert sample["mean"][0, 0] == pytest.approx(hidden[index].mean().item(), rel=1e-6, abs=1e-6)
         assert sample["std"][0, 0] == pytest.approx(hidden[index].std().item(), rel=1e-6)
         assert len(sample.soulprint().layers) == 3
     assert trace.samples[4]["count"].tolist() == [[6, 6, 3], [0, 0, 0]]

@@ -114,7 +114,7 @@ class Bank:
             stepping.begin_cpu(np.nan if timestep is None else float(timestep), branch, batch, *self.arrays)
             return
         if isinstance(timestep, Tensor):
-            value = timestep if timestep.device == self.device else timestep.to(self.device)
+            value = timestep
         elif timestep is None:
             value = self.no_timestep
         else:

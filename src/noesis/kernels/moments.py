@@ -1,47 +1,33 @@
 """The moments of a tensor, merged into its layer's row of the current step.
 
-Doors with one meaning: a reference in torch ops that never waits for the device, a cache-blocked
-path for the CPU, the Triton kernel (in `moments_triton`, which is imported late), and
-`torch.ops.noesis.moments` for compiled code.
+Doors with one meaning: a reference in torch ops that never waits for the device, a Triton kernel in
+`moments_triton`, two CPU paths in `moments_numba` and `moments_numpy` (all three are imported late),
+and `torch.ops.noesis.moments` for compiled code.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from loguru import logger
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import BadValue
 from . import has_triton, register, rows
-from .rows import BASE, CALLS, COUNTS, FIELDS, ORDER
+from .rows import CALLS, FIELDS, ORDER
 from .stepping import ACTIVE, SEQUENCE, SLOT
 
-#: Elements measured at a time on the CPU: large enough for the threads, small enough for the cache.
-BLOCK = 1 << 20
-#: The same for larger outputs where one thread works, which has no others to wait for.
-BLOCK_ALONE = 1 << 17
-#: Elements in one dot product, whose float32 sums lose digits with length.
-LONGEST_DOT = 1 << 18
 #: Elements measured at a time by the reference, which bounds its scratch memory.
 CHUNK = 1 << 22
-#: Elements up to which torch itself uses one thread.
-GRAIN = 1 << 15
-#: Elements for which the calls cost more than the arithmetic.
-SMALL = 1 << 12
-#: Shorter samples than this are measured together, longer ones one by one.
-SHORT = 1 << 12
-#: Below this, squares in float32 lose digits to underflow.
-_TINY = 1e-30
-#: What the Triton kernel reads; the reference has the others.
+#: What the compiled kernels read; the reference has the others.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_BUFFERS = threading.local()
 
 
 # ---------------------------------------------------------------- reference
@@ -93,8 +79,8 @@ def _wide(device: torch.device) -> torch.dtype:
 
 def observe_reference(x: Tensor, layer: Tensor, samples: int, count_zeros: bool, slab: Tensor, control: Tensor) -> None:
     """Merge the moments of `x` into the slab, decided on the device alone."""
-    _check_room(samples, slab.shape[1] - 1)
-    new = reference(_by_sample(x, samples), count_zeros)
+    check_room(samples, slab.shape[1] - 1)
+    new = reference(by_sample(x, samples), count_zeros)
     first = 0 if samples == 0 else 1
     slot, layer = control[SLOT].reshape(1), layer.reshape(1)
     row = torch.arange(first, first + new.shape[0], device=slab.device)
@@ -108,7 +94,8 @@ def observe_reference(x: Tensor, layer: Tensor, samples: int, count_zeros: bool,
     slab[slot, row, layer] = rows.pack(torch.where(active, merged, old), packed)
 
 
-def _check_room(samples: int, room: int) -> None:
+def check_room(samples: int, room: int) -> None:
+    """Refuse more samples than there are rows for."""
     if samples > room:
         raise BadValue(
             f"There is a batch of {samples}, and per_sample has room for {room}",
@@ -128,185 +115,50 @@ def observe_cpu(
     slab: NDArray[np.float32],
     control: NDArray[np.int64],
 ) -> None:
-    """The same on the CPU, in blocks that stay in its cache; `.item()` waits for no device here."""
+    """The same on the CPU, whose numbers can be read at once."""
     if not control[ACTIVE]:
         return
-    if x.is_neg():  # a view with a flag for its sign, which NumPy refuses
+    check_room(samples, slab.shape[1] - 1)
+    if x.is_neg():  # a view with a flag for its sign, which the memory does not show
         x = x.resolve_neg()
-    order = int(control[SEQUENCE]) + 1
-    control[SEQUENCE] = order
-    target = slab[control[SLOT], :, layer]  # [rows, SLOTS]
-    if x.dtype == torch.float64:
-        with np.errstate(over="ignore", invalid="ignore"):  # beyond float32 a row holds infinity
-            _observe_cpu(x, samples, count_zeros, target, order)
-    else:
-        _observe_cpu(x, samples, count_zeros, target, order)
-
-
-def _observe_cpu(x: Tensor, samples: int, count_zeros: bool, target: NDArray[np.float32], order: int) -> None:
-    if samples == 0:
-        measured: Any = _measure(_storage_order(x), count_zeros)
-        calls = int(target[0, CALLS])
-        if calls:
-            measured, order = _union(target[0].tolist(), measured), int(target[0, ORDER])
-        target[0] = _packed(measured, calls + 1, order)
+    numba = _numba()
+    if numba is None or x.dtype not in DTYPES or not x.numel():
+        _numpy().observe(x, samples, count_zeros, layer, slab, control)
         return
-    _check_room(samples, len(target) - 1)
-    by_sample = _by_sample(x, samples)
-    if by_sample.shape[1] < SHORT:
-        measured = reference(by_sample, count_zeros).numpy()
-    else:
-        measured = [_measure(_storage_order(sample), count_zeros) for sample in by_sample]
-    _merge_cpu(target[1 : 1 + samples], measured, order)
+    if not x.is_contiguous():
+        x = _dense(x, samples)
+    numba.observe(x.data_ptr(), x.numel(), numba.KINDS[x.dtype], samples, count_zeros, layer, slab, control)
 
 
-def _packed(row: tuple[float, ...], calls: int, order: int) -> tuple[float, ...]:
-    """The slots of a row; `rows.pack` for one row, without arrays."""
-    if row[rows.COUNT] < BASE and row[rows.NONFINITE] < BASE:
-        return (*row[:CALLS], calls, order, 0.0, 0.0, 0.0)
-    counts, rest = row[: len(COUNTS)], row[len(COUNTS) : CALLS]
-    return (*(count % BASE for count in counts), *rest, calls, order, *(count // BASE for count in counts))
+@functools.cache
+def _numba() -> Any:
+    """The compiled kernel, where Numba is installed."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    try:
+        from . import moments_numba
+    except Exception as error:  # a Numba that does not know this NumPy, or this processor
+        logger.warning("Numba does not compile here, so observing on the CPU costs more: {!r}", error)
+        return None
+    return moments_numba
 
 
-def _union(slots: list[float], row: tuple[float, ...]) -> tuple[float, ...]:
-    """The row of a packed row's elements and another's; `rows.combine` for two, without arrays."""
-    counts = [slots[field] + BASE * slots[len(FIELDS) + position] for position, field in enumerate(COUNTS)]
-    count, nonfinite, zeros = (held + new for held, new in zip(counts, row, strict=False))
-    if row[rows.COUNT] == 0 or counts[0] == 0:
-        filled = slots if row[rows.COUNT] == 0 else row
-        return (count, nonfinite, zeros, *filled[len(COUNTS) : CALLS], 0.0, 0.0)
-    _, _, _, mean, std, absolute, low, high, *_ = slots
-    _, _, _, mean_2, std_2, absolute_2, low_2, high_2, *_ = row
-    w, w_2 = counts[0] / count, row[rows.COUNT] / count
-    whole = w * mean + w_2 * mean_2
-    d, d_2 = mean - whole, mean_2 - whole
-    spread = math.sqrt(w * (std * std + d * d) + w_2 * (std_2 * std_2 + d_2 * d_2))
-    absolute = w * absolute + w_2 * absolute_2
-    return (count, nonfinite, zeros, whole, spread, absolute, min(low, low_2), max(high, high_2), 0.0, 0.0)
+@functools.cache
+def _numpy() -> Any:
+    from . import moments_numpy
+
+    return moments_numpy
 
 
-def _merge_cpu(target: NDArray[np.float32], measured: Any, order: int) -> None:
-    new = np.array(measured, dtype=np.float64)
-    new[:, CALLS] = 1
-    new[:, ORDER] = order
-    if target[:, CALLS].any():
-        old = rows.unpack(target, np.empty_like(new))
-        new = rows.combine(np.stack([old, new]))
-    rows.pack(new, target)
+def _dense(x: Tensor, samples: int) -> Tensor:
+    """The elements without gaps, those of a sample together; in the order of memory if that is possible."""
+    dense = storage_order(x)
+    if dense.is_contiguous() and (not samples or x.stride(0) * x.shape[0] == x.numel() or x.shape[0] == 1):
+        return dense
+    return x.contiguous()
 
 
-def _measure(x: Tensor, count_zeros: bool) -> tuple[float, ...]:
-    """The fields of a whole tensor of any shape whose order of elements does not matter."""
-    if 0 < x.numel() <= SMALL:
-        return _measure_small(x.double().numpy().reshape(-1), count_zeros)
-    if x.dim() == 1 and 0 < x.numel() <= BLOCK:
-        return _measure_block(x, count_zeros)
-    size = BLOCK_ALONE if torch.get_num_threads() == 1 else BLOCK
-    blocks = [_measure_block(part, count_zeros) for part in _blocks(x, size)]
-    if len(blocks) == 1:
-        return blocks[0]
-    if not blocks:
-        return (0.0,) * len(FIELDS)
-    merged: tuple[float, ...] = tuple(rows.combine(np.array(blocks)).tolist())
-    return merged
-
-
-def _blocks(x: Tensor, size: int) -> list[Tensor]:
-    """Contiguous 1-D pieces of at most `size` elements; a tensor with gaps is copied piece by piece."""
-    if x.dim() == 1:
-        return list(x.split(size)) if x.numel() else []
-    if x.numel() <= size:
-        return [x.reshape(-1)] if x.numel() else []
-    step = max(1, size * x.shape[0] // x.numel())
-    return [piece for part in x.split(step) for piece in _blocks(part[0] if part.shape[0] == 1 else part, size)]
-
-
-def _measure_small(x: NDArray[np.float64], count_zeros: bool) -> tuple[float, ...]:
-    """In float64 by NumPy, whose calls cost half as much as torch's; there all else is overhead."""
-    high, low = float(np.maximum.reduce(x)), float(np.minimum.reduce(x))
-    if not (math.isfinite(high) and math.isfinite(low)):
-        finite = x[np.isfinite(x)]
-        if finite.size == 0:
-            return (0.0, float(x.size), *(0.0,) * (len(FIELDS) - 2))
-        count, _, *rest = _measure_small(finite, count_zeros)
-        return (count, x.size - count, *rest)
-    if low == high:
-        return (float(x.size), 0.0, x.size * float(low == 0), low, 0.0, abs(low), low, high, 0.0, 0.0)
-    mean = float(np.add.reduce(x)) / x.size
-    centred = x - mean
-    variance = float(centred.dot(centred)) / x.size
-    absolute = abs(mean) if low >= 0 or high <= 0 else float(np.add.reduce(np.absolute(x))) / x.size
-    zeros = float(x.size - np.count_nonzero(x)) if count_zeros else 0.0
-    return (float(x.size), 0.0, zeros, mean, math.sqrt(variance), absolute, low, high, 0.0, 0.0)
-
-
-def _measure_block(x: Tensor, count_zeros: bool) -> tuple[float, ...]:
-    if x.dtype not in (torch.float32, torch.float64):
-        x = _scratch(1, x).copy_(x)
-    size = x.numel()
-    high, low = _extremes(x)  # a NaN anywhere makes both NaN
-    if not (math.isfinite(high) and math.isfinite(low)):
-        finite = x[x.isfinite()]
-        if finite.numel() == 0:
-            return (0.0, float(size), *(0.0,) * (len(FIELDS) - 2))
-        count, _, *rest = _measure_block(finite, count_zeros)
-        return (count, size - count, *rest)
-    if low == high:
-        return (float(size), 0.0, size * float(low == 0), low, 0.0, abs(low), low, high, 0.0, 0.0)
-    total = x.sum().item()
-    if low >= 0 or high <= 0:
-        absolute, squares = abs(total), _squares(x)
-    else:
-        magnitude = torch.abs(x, out=_scratch(0, x))
-        absolute, squares = magnitude.sum().item(), _squares(magnitude)
-    if not (_TINY < squares < math.inf and math.isfinite(total)) and x.dtype != torch.float64:
-        return _measure_block(x.double(), count_zeros)  # the squares leave float32, the values do not
-    mean = total / size
-    variance = squares / size - mean * mean
-    # Squares about zero are sums shifted by the pivot 0. That pivot is as good as the mean while
-    # the mean is within two standard deviations of it; otherwise the block is read once more.
-    if not variance * 4 > mean * mean:
-        centred = torch.sub(x, mean, out=_scratch(0, x))
-        shift = centred.sum().item() / size
-        variance = max(_squares(centred) / size - shift * shift, 0.0)
-        mean += shift
-    zeros = float(size - torch.count_nonzero(x).item()) if count_zeros else 0.0
-    return (float(size), 0.0, zeros, mean, math.sqrt(variance), absolute / size, low, high, 0.0, 0.0)
-
-
-def _extremes(x: Tensor) -> tuple[float, float]:
-    if _alone(x):
-        values = x.numpy()
-        return float(np.maximum.reduce(values)), float(np.minimum.reduce(values))
-    return x.amax().item(), x.amin().item()
-
-
-def _squares(x: Tensor) -> float:
-    if x.numel() > LONGEST_DOT:
-        return sum(map(_squares, x.split(LONGEST_DOT)))
-    if _alone(x):
-        values = x.numpy()
-        return float(values.dot(values))
-    return float(torch.dot(x, x).item())
-
-
-def _alone(x: Tensor) -> bool:
-    """Whether one thread works on `x`; NumPy's extremes and dot product are faster then."""
-    return x.numel() <= GRAIN or torch.get_num_threads() == 1
-
-
-def _scratch(which: int, x: Tensor) -> Tensor:
-    """Room for a block like `x`, the same at every call: fresh memory costs more than the arithmetic."""
-    if x.dtype == torch.float64:
-        return torch.empty_like(x)
-    if not hasattr(_BUFFERS, "pair"):  # one pair per thread
-        with torch.inference_mode(False):  # whoever calls first; an inference tensor could not be reused
-            _BUFFERS.pair = [torch.empty(BLOCK, dtype=torch.float32, device="cpu") for _ in range(2)]
-    buffer: Tensor = _BUFFERS.pair[which]
-    return buffer.narrow(0, 0, x.numel())
-
-
-def _storage_order(x: Tensor) -> Tensor:
+def storage_order(x: Tensor) -> Tensor:
     """The elements of `x` as a 1-D view in the order of memory, or `x` itself if it has gaps."""
     if x.is_contiguous():
         return x.view(-1)
@@ -315,7 +167,7 @@ def _storage_order(x: Tensor) -> Tensor:
     return permuted.view(-1) if permuted.is_contiguous() else permuted
 
 
-def _by_sample(x: Tensor, samples: int) -> Tensor:
+def by_sample(x: Tensor, samples: int) -> Tensor:
     """[rows, n]: one row for everything (samples=0), or one per sample."""
     if samples:
         return x.reshape(samples, -1)
@@ -332,7 +184,7 @@ def observe_anywhere(
 ) -> None:
     """Merge the moments of `x` into the slab: by the Triton kernel where there is one for this device and dtype."""
     if x.dtype in DTYPES and has_triton(x.device):
-        _check_room(samples, slab.shape[1] - 1)
+        check_room(samples, slab.shape[1] - 1)
         _triton()(x, layer, samples, count_zeros, slab, control, scratch)
     else:
         observe_reference(x.detach(), layer, samples, count_zeros, slab, control)

@@ -25,19 +25,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import rows, stepping
+from .constants_triton import (
+    ABS_MEAN,
+    ACTIVE,
+    CALLS,
+    COUNT,
+    HIGH,
+    INFINITY,
+    MAX,
+    MEAN,
+    MIN,
+    NONFINITE,
+    ORDER,
+    SEQUENCE,
+    SLOT,
+    SLOTS,
+    STD,
+    ZEROS,
+)
 from .launching import LANES, Kernel, current_stream, lane, multiprocessors
 
-# What a kernel reads from its module has to be a constexpr.
-SLOTS = tl.constexpr(rows.SLOTS)
-COUNT, NONFINITE, ZEROS = (tl.constexpr(field) for field in rows.COUNTS)
-MEAN, STD, ABS_MEAN = tl.constexpr(rows.MEAN), tl.constexpr(rows.STD), tl.constexpr(rows.ABS_MEAN)
-MIN, MAX = tl.constexpr(rows.MIN), tl.constexpr(rows.MAX)
-CALLS, ORDER = tl.constexpr(rows.CALLS), tl.constexpr(rows.ORDER)
-HIGH = tl.constexpr(len(rows.FIELDS))  # slots from here on hold the high parts of the counts
 BASE = tl.constexpr(1 << 24)
-ACTIVE, SLOT, SEQUENCE = (tl.constexpr(i) for i in (stepping.ACTIVE, stepping.SLOT, stepping.SEQUENCE))
-INFINITY = tl.constexpr(float("inf"))
 TINY = tl.constexpr(1e-30)  # squares below lose digits to underflow
 
 #: Bytes a program reads per tile: 16 for each of its threads.

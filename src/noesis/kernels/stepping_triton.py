@@ -11,23 +11,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import rows, stepping
+from . import rows
+from .constants_triton import (
+    ABS_MEAN,
+    ACTIVE,
+    CALLS,
+    COUNT,
+    ENABLED,
+    EVERY,
+    FOLDED,
+    FORWARDS,
+    HIGH,
+    INFINITY,
+    MAX,
+    MEAN,
+    MIN,
+    NONFINITE,
+    OBSERVED,
+    ORDER,
+    SEQUENCE,
+    SLOT,
+    SLOTS,
+    STD,
+    STEP,
+    STEPS,
+    SUM_MEAN,
+    SUM_STD,
+    TOTALS,
+    ZEROS,
+)
 from .launching import Kernel, current_stream, lane
 
-SLOTS = tl.constexpr(rows.SLOTS)
-COUNT, NONFINITE, ZEROS = (tl.constexpr(field) for field in rows.COUNTS)
-MEAN, STD, ABS_MEAN = tl.constexpr(rows.MEAN), tl.constexpr(rows.STD), tl.constexpr(rows.ABS_MEAN)
-MIN, MAX = tl.constexpr(rows.MIN), tl.constexpr(rows.MAX)
-CALLS, ORDER = tl.constexpr(rows.CALLS), tl.constexpr(rows.ORDER)
-HIGH = tl.constexpr(len(rows.FIELDS))  # slots from here on hold the high parts of the counts
 BASE = tl.constexpr(rows.BASE)
-TOTALS = tl.constexpr(stepping.TOTALS)
-STEPS, SUM_MEAN, SUM_STD = (tl.constexpr(i) for i in (stepping.STEPS, stepping.SUM_MEAN, stepping.SUM_STD))
-FORWARDS, OBSERVED, EVERY = (tl.constexpr(i) for i in (stepping.FORWARDS, stepping.OBSERVED, stepping.EVERY))
-ENABLED, ACTIVE, SLOT = (tl.constexpr(i) for i in (stepping.ENABLED, stepping.ACTIVE, stepping.SLOT))
-SEQUENCE, FOLDED = tl.constexpr(stepping.SEQUENCE), tl.constexpr(stepping.FOLDED)
-STEP = tl.constexpr(stepping.STEP)
-INFINITY = tl.constexpr(float("inf"))
 
 #: Layers a program takes.
 BLOCK = 128
