@@ -21,12 +21,15 @@ PACKAGE = ROOT / "src" / "noesis"
 
 PUBLIC = [
     "Activations",
+    "Calibration",
+    "Codebook",
     "Comparison",
     "Divergence",
     "NoesisError",
     "Observed",
     "Routes",
     "Soulprint",
+    "Surprise",
     "TokenDeltas",
     "Trace",
     "Wrapped",

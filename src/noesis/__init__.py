@@ -12,12 +12,15 @@ from loguru import logger as _logger
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .calibration import Calibration
     from .capture import Activations, capture
+    from .codebook import Codebook
     from .comparison import Comparison, Divergence, compare
     from .errors import NoesisError
     from .observing import Observed
     from .routes import Routes
     from .soulprint import Soulprint
+    from .surprise import Surprise
     from .tokens import TokenDeltas, token_deltas
     from .trace import Trace
     from .wrapping import Wrapped, wrap
@@ -26,12 +29,15 @@ _logger.disable("noesis")  # a library is quiet; `logger.enable("noesis")` lets 
 
 __all__ = [
     "Activations",
+    "Calibration",
+    "Codebook",
     "Comparison",
     "Divergence",
     "NoesisError",
     "Observed",
     "Routes",
     "Soulprint",
+    "Surprise",
     "TokenDeltas",
     "Trace",
     "Wrapped",
@@ -45,12 +51,15 @@ __all__ = [
 # Where each name lives. It is imported at first use, so that `noesis --help` does not wait for torch.
 _HOMES = {
     "Activations": "capture",
+    "Calibration": "calibration",
+    "Codebook": "codebook",
     "Comparison": "comparison",
     "Divergence": "comparison",
     "NoesisError": "errors",
     "Observed": "observing",
     "Routes": "routes",
     "Soulprint": "soulprint",
+    "Surprise": "surprise",
     "TokenDeltas": "tokens",
     "Trace": "trace",
     "Wrapped": "wrapping",

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .coder import Channel
 from .errors import BadType, WrongState
 from .kernels import disturbed, recomputing, undisturbed
 from .outputs import batch_of, hidden_state, register_block
@@ -40,11 +41,16 @@ class Site:
         self.stream: int | None = None
         self.pick: Callable[[Any], Any] | None = None
         self.router: Router | None = None
+        self.looks = False  # whether the output is of interest
+        self.channel: Channel | None = None  # that keeps the layer's vectors for `surprise`
+        self.doubt: Channel | None = None  # that keeps what the logits say
+        self.head: Channel | None = None  # that keeps what the module of the logits is given
+        self.mask: int | None = None  # position of the mask among the root's arguments
 
     def skips(self) -> bool:
         """Whether this call is none of ours; compiled code asks the device instead."""
         recorder = self.recorder
-        off = recorder.paused or (recorder.skipping and not self.root)
+        off = (recorder.paused or (recorder.skipping and not self.root)) and recorder.aside is None
         if off and not recorder.capturing():  # a graph asks the device whether to observe, at every replay
             return True
         return recomputing() or torch._C._get_tracing_state() is not None
@@ -58,6 +64,8 @@ class Site:
                 timestep = args[self.timestep]
             if not is_number(timestep):
                 timestep = None
+        if self.recorder.coder is not None:
+            self.recorder.coder.begin(args, kwargs, self.mask)
         if torch.compiler.is_compiling() or not disturbed():
             self.recorder.begin(timestep, batch_of(args, kwargs))
         else:
@@ -85,14 +93,38 @@ class Site:
 
     def look(self, output: Any) -> None:
         """Find the hidden state, and have it measured."""
-        if self.router is not None:
+        aside = self.recorder.aside is not None
+        if self.router is not None and not aside:
             self.route(output, self.router)
-        x: Any = hidden_state(output, self.stream) if self.pick is None else self.pick(output)
+        if self.places:
+            x: Any = hidden_state(output, self.stream) if self.pick is None else self.pick(output)
+            reason = unmeasurable(x)
+            if reason is not None:
+                self.recorder.unmeasured[self.name] = f"{reason}, in an output of type {type(output).__name__}"
+            else:
+                if not aside:
+                    self.recorder.observe(x, self.index, self.places)
+                if self.channel is not None:
+                    self.recorder.keep(self.channel, x)
+        if self.doubt is not None:
+            self.keep_doubt(output, self.doubt)
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what the module of the logits is given."""
+        x = hidden_state((*args, *kwargs.values()))
+        if self.head is None or x is None:
+            return
+        if torch.compiler.is_compiling():
+            self.recorder.keep(self.head, x)
+            return
         reason = unmeasurable(x)
-        if reason is None:
-            self.recorder.observe(x, self.index, self.places)
+        if reason is not None:
+            self.head.coder.uncoded[self.head.name] = reason
+        elif disturbed():
+            with undisturbed():
+                self.recorder.keep(self.head, x)
         else:
-            self.recorder.unmeasured[self.name] = f"{reason}, in an output of type {type(output).__name__}"
+            self.recorder.keep(self.head, x)
 
     def emit(self, output: Any) -> None:
         """`look` in compiled code, which sees shapes and layouts only: the data comes later.
@@ -101,9 +133,30 @@ class Site:
         """
         if self.router is not None:
             self.route(output, self.router)
-        x: Any = hidden_state(output, self.stream) if self.pick is None else self.pick(output)
-        if isinstance(x, Tensor) and x.is_floating_point():
-            self.recorder.emit(x, self.places)
+        if self.places:
+            x: Any = hidden_state(output, self.stream) if self.pick is None else self.pick(output)
+            if isinstance(x, Tensor) and x.is_floating_point():
+                self.recorder.emit(x, self.places)
+                if self.channel is not None:
+                    self.recorder.keep(self.channel, x)
+        if self.doubt is not None:
+            self.keep_doubt(output, self.doubt)
+
+    def keep_doubt(self, output: Any, doubt: Channel) -> None:
+        """Keep what the logits among an output say."""
+        coder = doubt.coder
+        logits = hidden_state(output) if coder.logits is None else coder.logits(output)
+        if torch.compiler.is_compiling():
+            if isinstance(logits, Tensor) and logits.dim() > 1:
+                self.recorder.keep(doubt, coder.doubt_of(logits))
+            return
+        reason = unmeasurable(logits)
+        if reason is None and logits is not None and logits.dim() < 2:
+            reason = f"a tensor of shape {tuple(logits.shape)}, which has no classes"
+        if reason is None and logits is not None:
+            self.recorder.keep(doubt, coder.doubt_of(logits.detach()))
+        else:
+            coder.uncoded[doubt.name] = f"{reason}, where logits were to be"
 
     def route(self, output: Any, router: Router) -> None:
         """Look at what a router chose."""
@@ -185,8 +238,10 @@ class Observed:
         try:
             if site.root:
                 site.begin(args, kwargs)
+            if site.head is not None:
+                site.read(args, kwargs)
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
-            if site.places:
+            if site.looks:
                 if compiling:
                     site.emit(output)
                 elif not site.recorder.skipping or site.recorder.capturing():

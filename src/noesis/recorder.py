@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .errors import WrongState
+from .coder import Channel, Coder
+from .errors import NoesisError, WrongState
 from .kernels import CONTROL, moments, rows, scratch, stays, stepping, undisturbed
 from .kernels.routing import RouteBank
 from .kernels.rows import FIELDS, SLOTS
@@ -235,6 +237,9 @@ class Recorder:
         self.observed: list[weakref.ref[nn.Module]] = []
         self.named_run = False  # inside `with wrapped.run(...)`
         self.branch_of: Callable[[int], str | None] | None = None  # a pipeline's word on a forward with a batch
+        self.coder: Coder | None = None
+        self.aside: dict[torch.device, Tensor] | None = None  # a control block per device, where forwards leave no mark
+        self.aside_forwards = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "observed": []}  # the modules of a copy are not these
@@ -243,8 +248,11 @@ class Recorder:
 
     def begin(self, timestep: Tensor | float | None, batch: int) -> None:
         """A forward of the root starts."""
-        if self.per_sample or self.routers:
+        if self.per_sample or self.routers or self.coder is not None:
             self.batch = batch
+        if self.aside is not None:
+            self.aside_forwards += 1
+            return
         if torch.compiler.is_compiling():
             self.on_device = True
         else:
@@ -269,8 +277,10 @@ class Recorder:
         """A forward of the root is over."""
         if not torch.compiler.is_compiling():
             self.skipping = False
-        if self.per_sample or self.routers:
+        if self.per_sample or self.routers or self.coder is not None:
             self.batch = None
+        if self.aside is not None:
+            return
         for bank in self.banks:
             bank.end()
 
@@ -287,6 +297,27 @@ class Recorder:
         bank = self.banks[position]
         samples = self._samples(x, bank) if self.per_sample else 0
         bank.emit(x, places[position], samples, self.count_zeros)
+
+    def keep(self, channel: Channel, x: Tensor) -> None:
+        """Keep the vectors of `x` for `surprise`; calls between forwards belong to none."""
+        if self.batch is None:
+            return
+        if torch.compiler.is_compiling():
+            channel.emit(x, self.batch, self.bank(x.device).control)
+            return
+        try:
+            channel.observe(x, self.batch, self._control(x.device))
+        except NoesisError as error:
+            channel.coder.uncoded[channel.name] = str(error)
+
+    def _control(self, device: torch.device) -> Tensor:
+        if self.aside is None:
+            return self.bank(device).control
+        control = self.aside.get(device)
+        if control is None:
+            control = self.aside[device] = torch.ones(CONTROL, dtype=torch.int64, device=device)
+        control[FORWARDS] = self.aside_forwards
+        return control
 
     def route(self, logits: Tensor, indices: Tensor, router: int) -> None:
         """Count where a router sent its tokens."""
@@ -351,6 +382,17 @@ class Recorder:
             for bank in self.banks:
                 bank.switch(not paused)
 
+    @contextmanager
+    def no_mark(self) -> Iterator[None]:
+        """Forwards inside are no steps; their vectors are kept until the next one, and forgotten at the end."""
+        before, self.aside, self.aside_forwards = self.aside, {}, 0
+        try:
+            yield
+        finally:
+            self.aside, self.batch = before, None
+            if self.coder is not None:
+                self.coder.forget()
+
     def set_every(self, every: int) -> None:
         """Observe every n-th forward from now on; compiled code and graphs read it on the device."""
         with undisturbed():
@@ -364,6 +406,8 @@ class Recorder:
             for bank in self.banks:
                 bank.clear()
         self.forwards = 0
+        if self.coder is not None:
+            self.coder.forget()
         self.unmeasured.clear()
         self.unrouted.clear()
         self.branches.clear()

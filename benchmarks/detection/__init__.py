@@ -1,0 +1,1 @@
+"""Out-of-distribution detection: trained models with their sets, known detectors, figures."""

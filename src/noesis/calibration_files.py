@@ -1,0 +1,133 @@
+"""Codebooks and calibration as one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import files
+from .calibration import Calibration, Doubt, Ranks
+from .codebook import LayerCodebook
+from .coder import Coder
+from .errors import BadFile, BadValue, WrongState
+
+KIND = "calibration"
+#: What is written of each layer's codebook.
+PARTS = ("projection", "codes", "centre", "whiten", "log_weights", "constant", "residual", "norm", "counts")
+SETTINGS = ("size", "dim", "positions", "mask")
+
+
+def save_calibration(coder: Coder, path: files.PathLike) -> Path:
+    """Write what `calibrate` learned, with the layers and widths it belongs to."""
+    calibration = coder.calibration
+    if calibration is None:
+        raise WrongState("There is no calibration to save", "a calibrated model", "Call wrapped.calibrate(loader)")
+    arrays: files.Arrays = {"scores": calibration.scores}
+    for index, name in enumerate(calibration.layers):
+        for part, array in coder.books[name].arrays().items():
+            arrays[f"{index}.{part}"] = array
+        arrays.update(_of_ranks(f"{index}.ranks", calibration.ranks[name]))
+    if calibration.doubt is not None:
+        arrays.update(_of_ranks("unsure", calibration.doubt.unsure))
+        arrays.update(_of_ranks("sure", calibration.doubt.sure))
+    for label, scores in (calibration.classes or {}).items():
+        arrays[f"class.{label}"] = scores
+    header: dict[str, Any] = {
+        "layers": calibration.layers,
+        "samples": list(calibration.samples),
+        "logits": calibration.doubt is not None,
+        "classes": None if calibration.classes is None else sorted(calibration.classes),
+        "settings": {name: getattr(coder.settings, name) for name in SETTINGS},
+    }
+    return files.save_tensors(path, KIND, arrays, header)
+
+
+def load_calibration(coder: Coder, path: files.PathLike) -> Calibration:
+    """Take what a file holds, if it is of these layers."""
+    arrays, header = files.load_tensors(path, KIND)
+    try:
+        calibration, books = _read(coder, arrays, header)
+    except (KeyError, ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
+        raise BadFile(f"{path} is broken: {error!r}", "a file that save_calibration wrote", "Calibrate again") from None
+    _check(coder, calibration, books, header)
+    coder.adopt(books, calibration)
+    return calibration
+
+
+def _read(coder: Coder, arrays: files.Arrays, header: dict[str, Any]) -> tuple[Calibration, dict[str, LayerCodebook]]:
+    names = [str(name) for name in header["layers"]]
+    fit, rank, last = (int(number) for number in header["samples"])
+    books = {}
+    for index, name in enumerate(names):
+        book = LayerCodebook(coder.settings, torch.device("cpu"))
+        parts = {part: np.ascontiguousarray(arrays[f"{index}.{part}"], np.float32) for part in PARTS}
+        channels, dim = parts["projection"].shape
+        size = len(parts["log_weights"])
+        shapes = {"codes": (size, dim), "centre": (channels,), "whiten": (dim, dim), "norm": (2,), "counts": (size,)}
+        wrong = [part for part, shape in shapes.items() if parts[part].shape != shape]
+        if wrong:
+            raise ValueError(f"{wrong[0]} of {name} has shape {parts[wrong[0]].shape}")
+        book.restore(parts)
+        books[name] = book
+    classes = header["classes"]
+    calibration = Calibration(
+        names,
+        {name: _to_ranks(f"{index}.ranks", arrays) for index, name in enumerate(names)},
+        Doubt(_to_ranks("unsure", arrays), _to_ranks("sure", arrays)) if header["logits"] else None,
+        (fit, rank, last),
+        _sorted(arrays["scores"]),
+        None if classes is None else {int(label): _sorted(arrays[f"class.{label}"]) for label in classes},
+    )
+    return calibration, books
+
+
+def _check(coder: Coder, calibration: Calibration, books: dict[str, LayerCodebook], header: dict[str, Any]) -> None:
+    strange = [name for name in calibration.layers if name not in coder.channels]
+    if strange:
+        raise BadValue(
+            f"The calibration is of the layer {strange[0]}, which is not observed here",
+            f"one of {', '.join(list(coder.channels)[:5])}",
+            "Wrap the same layers as when it was saved",
+        )
+    for name, book in books.items():
+        buffer = coder.channels[name].buffer
+        if buffer is not None and buffer.shape[1] != book.channels:
+            raise BadValue(
+                f"The calibration of {name} is of {book.channels} channels, and the layer has {buffer.shape[1]}",
+                "the model it was made for",
+                "Calibrate this model",
+            )
+    if (calibration.doubt is None) != (coder.doubt is None):
+        said = "without logits" if calibration.doubt is None else "with logits"
+        raise BadValue(f"The calibration was made {said}", "the same here", "Wrap with the same logits= as then")
+    given = header.get("settings", {})
+    differs = [name for name in ("positions", "mask") if given.get(name) != getattr(coder.settings, name)]
+    if differs:
+        name = differs[0]
+        raise BadValue(
+            f"The calibration was made with Codebook({name}={given.get(name)!r})",
+            f"{name}={getattr(coder.settings, name)!r}, as here",
+            "Wrap with the same codebook as then",
+        )
+
+
+def _of_ranks(prefix: str, ranks: Ranks) -> files.Arrays:
+    tail = np.array([ranks.start, ranks.share, ranks.scale, *ranks.usual])
+    return {f"{prefix}.scores": ranks.scores, f"{prefix}.tail": tail}
+
+
+def _to_ranks(prefix: str, arrays: files.Arrays) -> Ranks:
+    start, share, scale, mixture, residual, norm = (float(value) for value in arrays[f"{prefix}.tail"])
+    if not (0 < share <= 1 and scale > 0):
+        raise ValueError(f"a tail of {share} with scale {scale}")
+    return Ranks(_sorted(arrays[f"{prefix}.scores"]), start, share, scale, (mixture, residual, norm))
+
+
+def _sorted(scores: Any) -> Any:
+    array = np.asarray(scores, np.float64)
+    if array.ndim != 1 or not len(array) or (np.diff(array) < 0).any() or np.isnan(array).any():
+        raise ValueError("scores that are not in order")
+    return array
