@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,21 +65,24 @@ class Ranks:
         within = -np.log(np.maximum(self.p_value(scores), self.share))
         with np.errstate(over="ignore"):
             beyond = -math.log(self.share) + (scores - self.start) / self.scale
-        surprisal: Floats = np.where(scores > self.start, beyond, within)
-        return surprisal
+        return as_floats(np.where(scores > self.start, beyond, within))
 
 
 def no_nan(scores: Floats) -> Floats:
     """NaN is stranger than any number."""
-    return np.where(np.isnan(scores), np.inf, scores)
+    return as_floats(np.where(np.isnan(scores), np.inf, scores))
+
+
+def as_floats(values: NDArray[np.floating[Any]]) -> Floats:
+    """What `np.where` gives, whose dtype type checkers cannot see."""
+    return values.astype(np.float64, copy=False)
 
 
 def p_values(ordered: Floats, scores: Floats) -> Floats:
     """Conformal p-values of scores [N] against sorted calibration scores [n]: (1 + number >= score) / (n + 1)."""
     scores = no_nan(scores)
     larger = len(ordered) - np.searchsorted(ordered, scores, "left")
-    p: Floats = (larger + 1.0) / (len(ordered) + 1.0)
-    return p
+    return as_floats((larger + 1.0) / (len(ordered) + 1.0))
 
 
 @dataclass(frozen=True)

@@ -94,12 +94,8 @@ def _check(coder: Coder, calibration: Calibration, books: dict[str, LayerCodeboo
         )
     for name, book in books.items():
         buffer = coder.channels[name].buffer
-        if buffer is not None and buffer.shape[1] != book.channels:
-            raise BadValue(
-                f"The calibration of {name} is of {book.channels} channels, and the layer has {buffer.shape[1]}",
-                "the model it was made for",
-                "Calibrate this model",
-            )
+        if buffer is not None:
+            book.check(name, buffer.shape[1])
     if (calibration.doubt is None) != (coder.doubt is None):
         said = "without logits" if calibration.doubt is None else "with logits"
         raise BadValue(f"The calibration was made {said}", "the same here", "Wrap with the same logits= as then")

@@ -14,10 +14,12 @@ from torch.nn.parameter import UninitializedParameter
 
 from .clustering import k_means, spread_start
 from .errors import BadType, BadValue
-from .kernels.coding import TINY, Book, Coded, code, code_reference
+from .kernels.coding import SHORTEST, Book, Coded, code, code_reference, directions
 
 Floats = NDArray[np.float64]
 
+#: A variance is at least this, of directions whose length is one.
+TINY = 1e-12
 #: The log of a length varies by at least this much, or float32 would call rounding strange.
 LEAST_NORM_STD = 1e-3
 
@@ -131,6 +133,19 @@ class LayerCodebook(nn.Module):
         """Positions of the codes that are not in use."""
         return [int(i) for i in (self.counts == 0).nonzero()]
 
+    def check(self, name: str, width: int) -> None:
+        """Refuse vectors of another width.
+
+        Raises:
+            NoesisError: when the layer of this name gives them.
+        """
+        if self.channels != width:
+            raise BadValue(
+                f"The calibration of {name} is of {self.channels} numbers a sample, and the layer gives {width}",
+                "the model it was made for",
+                "Calibrate this model",
+            )
+
     def book(self) -> Book:
         """What a code length is made of."""
         return Book(
@@ -217,7 +232,7 @@ class LayerCodebook(nn.Module):
         # left ~ c chi2(nu) with c by its moments (Satterthwaite 1946): the variance itself if it is isotropic.
         mean = max(float(left.mean()), TINY)
         residual = max(left.var() / (2 * mean), mean / max(channels - dim, 1)) if channels > dim else math.inf
-        logs = np.log(np.maximum(lengths, TINY))
+        logs = np.log(np.maximum(lengths, SHORTEST))
         values = {
             "centre": centre,
             "whiten": np.linalg.inv(np.linalg.cholesky(covariance)).T,
@@ -245,8 +260,6 @@ class LayerCodebook(nn.Module):
 
     def _follow(self, vectors: Tensor, nearest: Tensor, used: Tensor) -> None:
         """Move codes towards the mean of the vectors they code (van den Oord et al. 2017, 1711.00937, appendix A.1)."""
-        from .kernels.coding import directions
-
         points = (directions(vectors.detach().float())[0] - self.centre) @ self.projection
         sums = torch.zeros_like(self.codes).index_add_(0, nearest, points)
         keep = 1 - (1 - self.settings.decay) * (used > 0).float()[:, None]
@@ -287,7 +300,7 @@ def shrunk(covariance: Floats, freedom: int) -> Floats:
 
 def _directions(vectors: Floats) -> tuple[Floats, Floats]:
     lengths = np.linalg.norm(vectors, axis=1)
-    return lengths, vectors / np.maximum(lengths, TINY)[:, None]
+    return lengths, vectors / np.maximum(lengths, SHORTEST)[:, None]
 
 
 def _centred(vectors: Floats) -> tuple[Floats, Floats, Floats]:

@@ -247,6 +247,7 @@ class Coder:
                 vectors = found.vectors if found.each is None else found.each.flatten(0, 1)
                 book.begin(finite(host(vectors)), np.random.default_rng(self.settings.seed))
                 book.to(found.vectors.device)
+            book.check(name, (found.vectors if found.each is None else found.each).shape[-1])
 
     def judge(self, kept: dict[str, Kept], logits: Tensor | None) -> Surprise:
         """The scores of vectors."""

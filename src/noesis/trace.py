@@ -19,6 +19,8 @@ from .tables import counted, table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from .surprise import Surprise
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -47,6 +49,7 @@ class Trace:
         unmeasured: layers that ran with an output that cannot be measured, and why.
         samples: with `per_sample=True`, one trace per element of the batch.
         meta: what is known of the run.
+        surprise: from `forward_with_trace` with a codebook, the scores of that call; in no file.
 
     Example:
         >>> import torch, noesis
@@ -74,6 +77,7 @@ class Trace:
     unmeasured: dict[str, str] = field(default_factory=dict)
     samples: list[Trace] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
+    surprise: Surprise | None = None
 
     # ------------------------------------------------------------ access
 

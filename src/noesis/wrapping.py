@@ -272,7 +272,7 @@ class Wrapped(nn.Module):
         return self.trace().soulprint()
 
     def forward_with_trace(self, *args: Any, **kwargs: Any) -> tuple[Any, Trace]:
-        """Run the model once; returns its output and the trace of this call alone.
+        """Run the model once; returns its output and the trace of this call alone, with its scores if there are codes.
 
         Raises:
             NoesisError: while paused, or when `every` leaves this forward out.
@@ -286,6 +286,8 @@ class Wrapped(nn.Module):
                 "This forward was not observed", "a forward that is", "Leave paused(), or wrap with every=1"
             )
         latest.steps = latest.steps - latest.steps[0]  # this call's first step is step 0
+        if self._recorder.coder is not None:
+            latest.surprise = self.surprise()
         return output, latest
 
     # ------------------------------------------------------------ surprise

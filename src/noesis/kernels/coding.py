@@ -19,7 +19,7 @@ from torch import Tensor
 from . import has_triton
 
 #: Vectors shorter than this have no direction.
-TINY = 1e-12
+SHORTEST = 1e-37
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Coded:
 
 def directions(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Vectors [N, D] of length one, and the logarithm of their lengths [N], without overflow on the way."""
-    largest = vectors.abs().amax(1, keepdim=True).clamp(min=TINY)
+    largest = vectors.abs().amax(1, keepdim=True).clamp(min=SHORTEST)
     scaled = vectors / largest
     length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-    return scaled / length.clamp(min=TINY), (length * largest).clamp(min=TINY).log()[:, 0]
+    return scaled / length.clamp(min=SHORTEST), (length * largest).clamp(min=SHORTEST).log()[:, 0]
 
 
 def code(vectors: Tensor, book: Book) -> Coded:

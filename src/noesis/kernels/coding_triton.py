@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .coding import TINY as _TINY
+from . import coding
 from .coding import Book, Coded
 from .constants_triton import INFINITY
 
-TINY = tl.constexpr(_TINY)
+SHORTEST = tl.constexpr(coding.SHORTEST)
 LARGEST_FINITE = tl.constexpr(float(torch.finfo(torch.float32).max))
 #: Vectors a program takes, channels and codes it reads at a time; the least that a matrix product takes.
 ROWS, CHANNELS, CODES = 16, 32, 32
@@ -67,20 +67,19 @@ def code_kernel(
         good = size <= LARGEST_FINITE  # false for NaN too
         finite = finite & tl.min(good.to(tl.int32), 1)
         largest = tl.maximum(largest, tl.max(tl.where(good, size, 0.0), 1))
-    largest = tl.maximum(largest, TINY)
+    largest = tl.maximum(largest, SHORTEST)
     squares = tl.zeros([ROWS], tl.float32)
     for start in range(0, channels, CHANNELS):
         x, there = _vectors(p_vectors, o_row, start + o_channel, rows, channels)
         x = tl.where((finite > 0)[:, None] & there, x / largest[:, None], 0.0)
         squares += tl.sum(x * x, 1)
-    length = tl.maximum(tl.sqrt(squares), TINY)
-    scale = tl.where(finite > 0, 1.0 / largest / length, 0.0)
+    length = tl.maximum(tl.sqrt(squares), SHORTEST)
 
     z = tl.zeros([ROWS, DIM], tl.float32)
     for start in range(0, channels, CHANNELS):
         x, there = _vectors(p_vectors, o_row, start + o_channel, rows, channels)
         centre = tl.load(p_centre + start + o_channel, mask=start + o_channel < channels, other=0.0)
-        x = tl.where((finite > 0)[:, None] & there, x * scale[:, None] - centre[None, :], 0.0)
+        x = tl.where((finite > 0)[:, None] & there, x / largest[:, None] / length[:, None] - centre[None, :], 0.0)
         in_tile = ((start + o_channel) < channels)[:, None] & in_dim[None, :]
         basis = tl.load(p_projection + (start + o_channel)[:, None] * dim + o_dim[None, :], mask=in_tile, other=0.0)
         z += tl.dot(x, basis, input_precision="ieee")
@@ -88,7 +87,7 @@ def code_kernel(
     for start in range(0, channels, CHANNELS):
         x, there = _vectors(p_vectors, o_row, start + o_channel, rows, channels)
         centre = tl.load(p_centre + start + o_channel, mask=start + o_channel < channels, other=0.0)
-        x = tl.where((finite > 0)[:, None] & there, x * scale[:, None] - centre[None, :], 0.0)
+        x = tl.where((finite > 0)[:, None] & there, x / largest[:, None] / length[:, None] - centre[None, :], 0.0)
         in_tile = in_dim[:, None] & ((start + o_channel) < channels)[None, :]
         basis = tl.load(p_projection + (start + o_channel)[None, :] * dim + o_dim[:, None], mask=in_tile, other=0.0)
         left = x - tl.dot(z, basis, input_precision="ieee")
@@ -120,7 +119,7 @@ def code_kernel(
         distance = tl.minimum(distance, least)
     mixture = tl.load(p_constant) - (top + tl.log(total))
 
-    away = (tl.log(tl.maximum(length * largest, TINY)) - tl.load(p_norm)) / tl.load(p_norm + 1)
+    away = (tl.log(tl.maximum(length * largest, SHORTEST)) - tl.load(p_norm)) / tl.load(p_norm + 1)
     there = o_row < rows
     tl.store(p_parts + o_row, tl.where(finite > 0, mixture, INFINITY), mask=there)
     tl.store(p_parts + rows + o_row, outside / (2 * tl.load(p_residual)), mask=there)
