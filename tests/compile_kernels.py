@@ -19,7 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource
 
-from noesis.kernels import moments_triton, stepping_triton
+from noesis.kernels import coding_triton, moments_triton, pooling_triton, stepping_triton
+from noesis.kernels.launching import Kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
@@ -72,6 +73,17 @@ def main() -> None:
     for flags in ({"SOLO": True}, {"DENSE": False}, {"EVEN": False}, {"BY_SAMPLE": True}, {"COUNT_ZEROS": True}):
         report[f"moments fp16 {flags}"] = moments(arch, "fp16", **flags)
     report["begin"] = build(stepping_triton._BEGIN, arch, {"BLOCK": stepping_triton.BLOCK}, POINTERS)
+    for name, tile in (("last", pooling_triton.CHANNELS_LAST), ("first", pooling_triton.CHANNELS_FIRST)):
+        constants = {"POSITIONS": tile[0], "CHANNELS": tile[1], "SPREAD": True}
+        pointers = {"p_x": "*fp16", "p_buffer": "*fp32", "p_stamp": "*i64", "p_control": "*i64"}
+        unit = {"s_channel" if name == "last" else "s_position": 1}
+        report[f"pool channels {name}"] = build(pooling_triton._POOL, arch, {**constants, **unit}, pointers)
+    report["stamp"] = build(pooling_triton._STAMP, arch, {}, pointers)
+    code = Kernel(coding_triton.code_kernel, coding_triton.WARPS)
+    names = [name for name in code.function.arg_names if name.startswith("p_")]
+    pointers = {name: "*i64" if name == "p_nearest" else "*fp32" for name in names}
+    sizes = {"ROWS": coding_triton.ROWS, "CHANNELS": coding_triton.CHANNELS, "CODES": coding_triton.CODES, "DIM": 64}
+    report["code"] = build(code, arch, sizes, pointers)
     report["end"] = build(stepping_triton._END, arch, {}, POINTERS)
     print(json.dumps(report))
 

@@ -271,6 +271,40 @@ def test_calls_of_one_forward_are_averaged_and_forwards_are_not(path):
     assert kept.stamp.tolist() == [2, 2, 1]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("shape", "channel"),
+    [((3, 40), 1), ((3, 300, 40), 2), ((3, 40, 300), 1), ((3, 5, 17, 19), 1), ((3, 17, 19, 70), 3), ((6, 50, 8), 2)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [True, False])
+def test_the_triton_kernel_pools_alike(shape, channel, dtype, spread):
+    pytest.importorskip("triton")
+    from noesis.kernels.pooling_triton import pool_triton
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    outputs = [(torch.randn(shape) + 100 * offset).to(device, dtype) for offset in (1, 3, 0)]
+    if len(shape) == 4:
+        outputs[1] = outputs[1].to(memory_format=torch.channels_last)
+    width = pooling.width(outputs[0], 3, channel, spread)
+    ours, theirs = Kept(4, width), Kept(4, width)
+    for kept in (ours, theirs):
+        kept.buffer, kept.stamp, kept.control = (t.to(device) for t in (kept.buffer, kept.stamp, kept.control))
+    for active, forward, x in ((1, 1, outputs[0]), (1, 1, outputs[1]), (0, 2, outputs[0]), (1, 2, outputs[2])):
+        for kept in (ours, theirs):
+            kept.control[4], kept.control[0] = active, forward
+        pool_triton(x, 3, channel, spread, ours.buffer, ours.stamp, ours.control)
+        pooling.pool_reference(x, 3, channel, spread, None, theirs.buffer, theirs.stamp, theirs.control)
+        torch.testing.assert_close(ours.buffer, theirs.buffer, rtol=1e-4, atol=1e-4)
+        assert ours.stamp.tolist() == theirs.stamp.tolist()
+    x = outputs[0].clone()
+    x.view(-1)[0] = torch.nan
+    ours.control[0] = 3
+    pool_triton(x, 3, channel, spread, ours.buffer, ours.stamp, ours.control)
+    assert ours.buffer[0].isnan().any()
+    assert ours.buffer[1:3].isfinite().all()
+
+
 def test_the_registered_op_passes_torchs_own_checks():
     kept = Kept(4, 6)
     torch.library.opcheck(

@@ -276,6 +276,51 @@ def test_memory_added_is_the_state_alone():
     assert added < 4 << 20
 
 
+def judged(dtype: torch.dtype = torch.float32) -> noesis.Wrapped:
+    wrapped = noesis.wrap(model().cuda().eval().to(dtype), layers=["0", "1"], codebook=noesis.Codebook(), logits="4")
+    wrapped.calibrate([torch.randn(40, 3, 16, 16, dtype=dtype) for _ in range(10)], progress=False)
+    return wrapped
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_surprise_is_as_on_the_cpu(dtype):
+    wrapped = judged(dtype)
+    x = torch.randn(6, 3, 16, 16, device="cuda", dtype=dtype) * torch.tensor([1, 1, 1, 9, 9, 9]).view(6, 1, 1, 1).cuda()
+    with torch.no_grad():
+        wrapped(x)
+    found = wrapped.surprise()
+    assert found.score[3:].min() > found.score[:3].max()
+    wrapped.cpu()
+    wrapped(x.cpu())
+    np.testing.assert_allclose(found.score, wrapped.surprise().score, rtol=0.05, atol=0.2)
+
+
+def test_keeping_vectors_waits_for_nothing():
+    wrapped = judged()
+    x = torch.randn(6, 3, 16, 16, device="cuda")
+    with torch.no_grad():
+        wrapped(x)
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(50):
+            wrapped(x)
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(wrapped.surprise()) == 6
+
+
+def test_a_graph_keeps_vectors_at_every_replay():
+    wrapped = judged()
+    x = torch.randn(6, 3, 16, 16, device="cuda")
+    graph = captured(wrapped, x)
+    for scale in (1, 30, 2):
+        fresh = torch.randn(6, 3, 16, 16, device="cuda") * scale
+        x.copy_(fresh)
+        graph.replay()
+        found = wrapped.surprise()
+        with torch.no_grad():
+            wrapped(fresh)
+        np.testing.assert_allclose(found.score, wrapped.surprise().score, rtol=1e-3, atol=1e-2)
+
+
 @pytest.mark.slow
 def test_no_invalid_access_and_no_race():
     sanitizer = shutil.which("compute-sanitizer")
@@ -290,6 +335,11 @@ def test_no_invalid_access_and_no_race():
                 wrapped(torch.randn(96, 64, device="cuda"))
                 wrapped(torch.randn(3, 64, device="cuda"))
             wrapped.trace()
+        net = torch.nn.Sequential(torch.nn.Linear(64, 90), torch.nn.ReLU(), torch.nn.Linear(90, 3)).cuda()
+        wrapped = noesis.wrap(net, layers="all", codebook=noesis.Codebook(), logits="2")
+        wrapped.calibrate([torch.randn(150, 7, 64)], progress=False)
+        wrapped(torch.randn(5, 7, 64, device="cuda"))
+        wrapped.surprise()
     """)
     for tool in ("memcheck", "racecheck"):
         done = subprocess.run(

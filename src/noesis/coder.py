@@ -78,7 +78,7 @@ class Channel:
             self.each = positions(x.detach(), samples, channel, mask)
         if not settings.detach and settings.learn and torch.is_grad_enabled():
             self.live = pooled(x, samples, channel, self.spread, mask)
-        keep = pooling.pool_cpu if x.device.type == "cpu" else pooling.pool_reference
+        keep = pooling.pool_cpu if x.device.type == "cpu" else pooling.pool_anywhere
         keep(x.detach(), samples, channel, self.spread, mask, buffer, stamp, control)
 
     def emit(self, x: Tensor, batch: int, control: Tensor) -> None:
@@ -139,10 +139,7 @@ def samples_of(x: Tensor, batch: int) -> int:
 
 def positions(x: Tensor, samples: int, channel: int, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The vectors of the positions of each sample [N, positions, channels], and which of them count."""
-    if x.dim() == 1:
-        x = x[:, None]
-    x = x.movedim(channel, -1)
-    x = x.reshape(samples, -1, x.shape[-1])
+    x = pooling.by_position(x, samples, channel)
     counts = None if mask is None else mask.reshape(samples, -1) != 0
     if x.shape[1] > MOST_POSITIONS:
         chosen = torch.linspace(0, x.shape[1] - 1, MOST_POSITIONS, device=x.device).round().long()

@@ -20,7 +20,9 @@ from .constants_triton import INFINITY
 SHORTEST = tl.constexpr(coding.SHORTEST)
 LARGEST_FINITE = tl.constexpr(float(torch.finfo(torch.float32).max))
 #: Vectors a program takes, channels and codes it reads at a time; the least that a matrix product takes.
-ROWS, CHANNELS, CODES = 16, 32, 32
+ROWS, CHANNELS, CODES = 16, 16, 32
+#: With fewer, registers spill.
+WARPS = 8
 
 
 @triton.jit
@@ -100,7 +102,7 @@ def code_kernel(
     top = tl.full([ROWS], -INFINITY, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     distance = tl.full([ROWS], INFINITY, tl.float32)
-    nearest = tl.zeros([ROWS], tl.int32)
+    nearest = tl.zeros([ROWS], tl.int64)
     for start in range(0, codes, CODES):
         o_code = start + tl.arange(0, CODES)
         there = (o_code < codes)[:, None] & in_dim[None, :]
@@ -115,7 +117,7 @@ def code_kernel(
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(evidence - higher[:, None]), 1)
         top = higher
         least = tl.min(apart, 1)
-        nearest = tl.where(least < distance, start + tl.argmin(apart, 1), nearest)
+        nearest = tl.where(least < distance, (start + tl.argmin(apart, 1)).to(tl.int64), nearest)
         distance = tl.minimum(distance, least)
     mixture = tl.load(p_constant) - (top + tl.log(total))
 
@@ -125,7 +127,7 @@ def code_kernel(
     tl.store(p_parts + rows + o_row, outside / (2 * tl.load(p_residual)), mask=there)
     tl.store(p_parts + 2 * rows + o_row, away * away / 2, mask=there)
     tl.store(p_parts + 3 * rows + o_row, distance, mask=there)
-    tl.store(p_nearest + o_row, nearest.to(tl.int64), mask=there)
+    tl.store(p_nearest + o_row, nearest, mask=there)
 
 
 def code_triton(vectors: Tensor, book: Book) -> Coded:
@@ -155,7 +157,7 @@ def code_triton(vectors: Tensor, book: Book) -> Coded:
             CHANNELS,
             CODES,
             max(16, triton.next_power_of_2(dim)),
-            num_warps=4,
+            num_warps=WARPS,
         )
     mixture, residual, norm, distance = parts
     return Coded(mixture, residual, norm, nearest, distance)

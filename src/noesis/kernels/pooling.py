@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 
 from ..errors import BadValue
-from . import register
+from . import has_triton, register
 from .stepping import ACTIVE, FORWARDS
 
 FORWARD, SAMPLES, CALLS = range(3)
 STAMP = 3
+#: Variances are at least this: at zero the root has no gradient.
+LEAST_SQUARE = 1e-24
 
 
 def width(x: Tensor, samples: int, channel: int, spread: bool) -> int:
     """The length of the vectors of an output."""
     channels = x.shape[channel] if x.dim() > 1 else 1
-    return 2 * channels if spread and (x.dim() > 2 or x.shape[0] > samples) else channels
+    return 2 * channels if spread and x.numel() > samples * channels else channels
 
 
 def pooled(x: Tensor, samples: int, channel: int, spread: bool, mask: Tensor | None = None) -> Tensor:
@@ -42,10 +44,8 @@ def pooled(x: Tensor, samples: int, channel: int, spread: bool, mask: Tensor | N
         [samples, channels], or [samples, 2 channels] with the means first; a sample without a position that counts
         is NaN.
     """
-    both = width(x, samples, channel, spread) > (x.shape[channel] if x.dim() > 1 else 1)
-    if x.dim() == 1:
-        x = x[:, None]
-    x = x.movedim(channel, -1).reshape(samples, -1, x.shape[channel]).float()
+    x = by_position(x, samples, channel).float()
+    both = spread and x.shape[1] > 1
     if mask is None:
         mean = x.mean(1)
         squares = (x - mean[:, None]).square().mean(1) if both else mean
@@ -54,8 +54,15 @@ def pooled(x: Tensor, samples: int, channel: int, spread: bool, mask: Tensor | N
         number = counts.sum(1)
         mean = torch.where(counts, x, 0.0).sum(1) / number
         squares = torch.where(counts, (x - mean[:, None]).square(), 0.0).sum(1) / number if both else mean
-    # At zero the root has no gradient.
-    return torch.cat([mean, squares.clamp(min=1e-24).sqrt()], 1) if both else mean
+    return torch.cat([mean, squares.clamp(min=LEAST_SQUARE).sqrt()], 1) if both else mean
+
+
+def by_position(x: Tensor, samples: int, channel: int) -> Tensor:
+    """An output as [samples, positions, channels], without a copy where strides allow."""
+    if x.dim() == 1:
+        x = x[:, None]
+    x = x.movedim(channel, -1)
+    return x.reshape(samples, -1, x.shape[-1])
 
 
 def pool_reference(
@@ -69,12 +76,7 @@ def pool_reference(
     control: Tensor,
 ) -> None:
     """Keep the vectors of `x`; further calls in the same forward are averaged. Decided on the device alone."""
-    if samples > buffer.shape[0]:
-        raise BadValue(
-            f"There is a batch of {samples}, and room for {buffer.shape[0]} vectors",
-            "room for every batch, since compiled code and CUDA graphs cannot make more",
-            "Run one forward with the largest batch before compiling or capturing",
-        )
+    check_room(samples, buffer)
     new = pooled(x.detach(), samples, channel, spread, mask)
     held = buffer[:samples]
     active = control[ACTIVE] > 0
@@ -85,6 +87,37 @@ def pool_reference(
     held.copy_(torch.where(active, averaged, held))
     fresh = torch.stack([forward, torch.full_like(forward, samples), calls])
     stamp.copy_(torch.where(active, fresh, stamp))
+
+
+def check_room(samples: int, buffer: Tensor) -> None:
+    """Refuse more samples than there are rows for."""
+    if samples > buffer.shape[0]:
+        raise BadValue(
+            f"There is a batch of {samples}, and room for {buffer.shape[0]} vectors",
+            "room for every batch, since compiled code and CUDA graphs cannot make more",
+            "Run one forward with the largest batch before compiling or capturing",
+        )
+
+
+def pool_anywhere(
+    x: Tensor,
+    samples: int,
+    channel: int,
+    spread: bool,
+    mask: Tensor | None,
+    buffer: Tensor,
+    stamp: Tensor,
+    control: Tensor,
+) -> None:
+    """The same by the Triton kernel, where there is one for this device, dtype and mask."""
+    if mask is None and has_triton(x.device):
+        from .pooling_triton import pool_triton, suits
+
+        if suits(x):
+            check_room(samples, buffer)
+            pool_triton(x, samples, channel, spread, buffer, stamp, control)
+            return
+    pool_reference(x, samples, channel, spread, mask, buffer, stamp, control)
 
 
 def pool_cpu(
@@ -113,5 +146,5 @@ register(
     "pool(Tensor x, SymInt samples, int channel, bool spread, Tensor? mask, "
     "Tensor(a!) buffer, Tensor(b!) stamp, Tensor control)",
     cpu=pool_cpu,
-    anywhere=pool_reference,
+    anywhere=pool_anywhere,
 )
