@@ -499,6 +499,23 @@ def test_outputs_without_the_batch_in_front_are_named() -> None:
         only.calibrate([torch.randn(50, 4) for _ in range(4)], progress=False)
 
 
+def test_the_first_tensor_says_how_large_the_batch_is() -> None:
+    class Denoiser(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, timestep, x):
+            return self.layer(x) + timestep[:, None]
+
+    wrapped = noesis.wrap(Denoiser(), layers="linear", codebook=noesis.Codebook())
+    wrapped(torch.zeros(1), torch.randn(6, 4))
+    assert len(wrapped.surprise()) == 1
+    wrapped.reset()
+    wrapped(timestep=torch.zeros(6), x=torch.randn(6, 4))
+    assert len(wrapped.surprise()) == 6
+
+
 def test_settings_are_checked() -> None:
     for settings, said in (
         ({"size": 0}, "size=0"),

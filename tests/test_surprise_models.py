@@ -84,6 +84,18 @@ def test_a_score_per_token(llama) -> None:
     wrapped.unwrap()
 
 
+def test_a_score_per_position_needs_eager_code() -> None:
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(4, 6))
+    wrapped = noesis.wrap(model, layers="0", codebook=noesis.Codebook(positions="each"))
+    wrapped.calibrate([torch.randn(200, 3, 4)], progress=False)
+    with torch.no_grad():
+        torch.compile(model, backend="aot_eager")(torch.randn(2, 3, 4))
+    with pytest.raises(noesis.NoesisError, match='compiled code does with positions="each"'):
+        wrapped.surprise()
+    torch.compiler.reset()
+
+
 def test_generated_tokens_are_judged_one_by_one(wrapped) -> None:
     wrapped.generate(input_ids=texts(2), max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert len(wrapped.surprise()) == 2  # of the last token

@@ -83,6 +83,8 @@ class Channel:
 
     def emit(self, x: Tensor, batch: int, control: Tensor) -> None:
         """The same in compiled code, which can make no room: eager code has, before."""
+        if self.coder.settings.positions == "each":
+            return  # a copy of all positions at a fixed place would cost what eager code gives back
         if self.buffer is not None and x.dim() > 0 and x.shape[0] % batch == 0:
             mask = self.coder.mask_of(x)
             torch.ops.noesis.pool(x.detach(), batch, self.axis(x), self.spread, mask, self.buffer, self.stamp, control)
@@ -220,7 +222,8 @@ class Coder:
             raise WrongState(
                 f"No layer left vectors in the latest forward{self._why()}",
                 "a forward to judge",
-                "Run the model, once in eager code before compiling it; paused() and every= leave forwards out",
+                "Run the model, once in eager code before compiling it; paused() and every= leave forwards out, "
+                'compiled code does with positions="each"',
             )
         return dict(sorted(ran.items(), key=lambda item: self.channels[item[0]].order))
 
