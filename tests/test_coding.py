@@ -241,6 +241,33 @@ def test_pooling_windows_tokens_of_flattened_samples_and_masks():
     assert pooled(x, 6, 2, True, torch.zeros(6, 4)).isnan().all()
 
 
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x,
+        lambda x: x.to(memory_format=torch.channels_last),
+        lambda x: x[:, :, ::2],
+        lambda x: x[1:2],
+        lambda x: x.transpose(2, 3),
+    ],
+)
+@pytest.mark.parametrize("offset", [0, 1000])
+@pytest.mark.parametrize("spread", [True, False])
+def test_the_cpu_kernel_pools_alike(view, offset, spread):
+    from noesis.kernels.pooling import _numba
+
+    assert _numba() is not None
+    x = view(torch.randn(3, 20, 30, 40) + offset)
+    samples = x.shape[0]
+    kept = Kept(4, pooling.width(x, samples, 1, spread))
+    kept.control[0] = 1
+    pooling.pool_cpu(x, samples, 1, spread, None, kept.buffer, kept.stamp, kept.control)
+    torch.testing.assert_close(
+        kept.buffer[:samples], pooled(x.double(), samples, 1, spread).float(), rtol=1e-4, atol=1e-4
+    )
+    assert not kept.buffer[samples:].any()
+
+
 class Kept:
     def __init__(self, samples: int, width: int) -> None:
         self.buffer = torch.zeros(samples, width)

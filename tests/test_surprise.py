@@ -324,7 +324,7 @@ def test_files_of_other_models_are_refused_by_name(wrapped: noesis.Wrapped, tmp_
     wider.head = nn.Linear(12, 3)
     wider = noesis.wrap(wider, layers=LAYERS, codebook=noesis.Codebook(), logits="head")
     wider(normal(2))
-    said = "calibration of deep is of 16 numbers a sample, and the layer gives 24"
+    said = "codes of deep are of 16 numbers a sample, and the layer gives 24"
     with pytest.raises(NoesisError, match=said):
         wider.load_calibration(path)
     wider = noesis.wrap(wider.unwrap(), layers=LAYERS, codebook=noesis.Codebook(), logits="head")
@@ -511,7 +511,7 @@ def test_the_first_tensor_says_how_large_the_batch_is() -> None:
     wrapped = noesis.wrap(Denoiser(), layers="linear", codebook=noesis.Codebook())
     wrapped(torch.zeros(1), torch.randn(6, 4))
     assert len(wrapped.surprise()) == 1
-    wrapped.reset()
+    wrapped = noesis.wrap(Denoiser(), layers="linear", codebook=noesis.Codebook())
     wrapped(timestep=torch.zeros(6), x=torch.randn(6, 4))
     assert len(wrapped.surprise()) == 6
 

@@ -141,8 +141,8 @@ class LayerCodebook(nn.Module):
         """
         if self.channels != width:
             raise BadValue(
-                f"The calibration of {name} is of {self.channels} numbers a sample, and the layer gives {width}",
-                "the model it was made for",
+                f"The codes of {name} are of {self.channels} numbers a sample, and the layer gives {width}",
+                "the model they were made for, and inputs of the same kind",
                 "Calibrate this model",
             )
 

@@ -38,7 +38,8 @@ LARGEST, SMALLEST = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
 
 
 @intrinsic
-def _pointer(_context: Any, address: Any, like: Any) -> Any:  # noqa: ARG001 (Numba passes by name)
+def pointer(_context: Any, address: Any, like: Any) -> Any:  # noqa: ARG001 (Numba passes by name)
+    """An address as a pointer to elements of a type."""
     target = types.CPointer(like.dtype)
 
     def code(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
@@ -203,9 +204,9 @@ def observe(
     if control[ACTIVE] == 0:
         return
     control[SEQUENCE] += 1
-    wide = carray(_pointer(address, np.float32), size)
-    wide_bits = carray(_pointer(address, np.int32), size)
-    narrow = carray(_pointer(address, np.int16), size)
+    wide = carray(pointer(address, np.float32), size)
+    wide_bits = carray(pointer(address, np.int32), size)
+    narrow = carray(pointer(address, np.int16), size)
     buffer = np.empty(TILE if kind != FLOAT32 else 0, np.int32)
     whole, part = np.empty(CALLS), np.empty(CALLS)
     first, count = (1, samples) if samples else (0, 1)

@@ -10,7 +10,12 @@ What is kept of a layer, on its device and changed in place only:
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from typing import Any
+
 import torch
+from loguru import logger
 from torch import Tensor
 
 from ..errors import BadValue
@@ -130,16 +135,35 @@ def pool_cpu(
     stamp: Tensor,
     control: Tensor,
 ) -> None:
-    """The same on the CPU, where the flags can be read."""
-    _, _, _, _, active, *_ = flags = control.tolist()
+    """The same on the CPU, where the flags can be read; in one read of the output, if Numba is installed."""
+    flags = control.tolist()
     seen, before, _ = stamp.tolist()
-    if not active:
+    if not flags[ACTIVE]:
         return
-    if samples > buffer.shape[0] or (seen == flags[FORWARDS] and before == samples):
+    if seen == flags[FORWARDS] and before == samples:
         pool_reference(x, samples, channel, spread, mask, buffer, stamp, control)
         return
-    buffer[:samples] = pooled(x.detach(), samples, channel, spread, mask)
+    check_room(samples, buffer)
+    numba = _numba()
+    if numba is None or mask is not None or x.dtype != torch.float32 or x.numel() <= samples * x.shape[channel]:
+        buffer[:samples] = pooled(x.detach(), samples, channel, spread, mask)
+    else:
+        rows = by_position(x.detach().resolve_neg(), samples, channel)
+        numba.pool(rows.data_ptr(), *rows.shape, *rows.stride(), spread, buffer.numpy())
     stamp.copy_(torch.tensor([flags[FORWARDS], samples, 1]))
+
+
+@functools.cache
+def _numba() -> Any:
+    """The compiled kernel, where Numba is installed."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    try:
+        from . import pooling_numba
+    except Exception as error:  # a Numba that does not know this NumPy, or this processor
+        logger.warning("Numba does not compile here, so keeping vectors on the CPU costs more: {!r}", error)
+        return None
+    return pooling_numba
 
 
 register(
