@@ -25,6 +25,7 @@ PUBLIC = [
     "Codebook",
     "Comparison",
     "Divergence",
+    "DriftMonitor",
     "NoesisError",
     "Observed",
     "Routes",

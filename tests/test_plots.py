@@ -352,6 +352,102 @@ def test_equal_runs_have_empty_bars() -> None:
         plots.effects([])
 
 
+# ---------------------------------------------------------------- histograms
+
+
+def shares(figure: Figure) -> list[np.ndarray]:
+    """The outline of each set."""
+    return [patch.get_data().values for patch in figure.axes[0].patches if not patch.get_fill()]
+
+
+def edges(figure: Figure) -> np.ndarray:
+    return figure.axes[0].patches[0].get_data().edges
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_histograms_write_files(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"p.{suffix}"
+    figure = plots.histograms({"$a_1$": [1.0, 2.0], "_b\n": [5.0]}, path, title="$\\broken{$")
+    assert path.stat().st_size > 1000
+    assert list(tmp_path.iterdir()) == [path]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["$a_1$ (2)", "_b· (1)"]
+    with pytest.raises(BadValue, match=r"suffix '\.jpg'"):
+        plots.histograms({"a": [1.0]}, tmp_path / "p.jpg")
+
+
+def test_sets_share_bins_and_are_shares_of_themselves() -> None:
+    rng = np.random.default_rng(0)
+    sets = {"in": rng.normal(5, 1, 1000), "out": rng.normal(9, 2, 30)}
+    figure = plots.histograms(sets)
+    assert figure.axes[0].get_xscale() == "linear"
+    for drawn, values in zip(shares(figure), sets.values(), strict=True):
+        assert drawn.sum() == pytest.approx(1)
+        assert np.array_equal(drawn, np.histogram(values, edges(figure))[0] / len(values))
+    both = np.concatenate(list(sets.values()))
+    assert (edges(figure)[0], edges(figure)[-1]) == (both.min(), both.max())
+    colours = [to_hex(patch.get_edgecolor()) for patch in figure.axes[0].patches if not patch.get_fill()]
+    assert colours == [plots.FIRST, plots.SECOND]
+    assert pixels(figure).std() > 1
+
+
+@pytest.mark.parametrize("sizes", [(1000, 1000), (1000, 3), (3, 1000)])
+def test_far_scores_do_not_squeeze_the_others(sizes: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    sets = {"in": rng.gamma(3, 1, sizes[0]), "out": rng.gamma(3, 1000, sizes[1])}
+    figure = plots.histograms(sets)
+    assert figure.axes[0].get_xscale() == "asinh"
+    pixels(figure)
+    widths = np.diff(edges(figure))
+    assert 1 <= (widths[1:] / widths[:-1]).max() < 1.5, "a jump in the width of bins looks like a peak"
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels() if label.get_text()]
+    assert len(boxes) >= 3
+    assert all(left.x1 <= right.x0 + 1 for left, right in itertools.pairwise(sorted(boxes, key=lambda box: box.x0)))
+    inner, outer = shares(figure)
+    assert outer.sum() == inner.sum() == pytest.approx(1)
+    assert (inner > 0).sum() >= min(12, sizes[0]), "one bin for all"
+    assert not (inner * outer).any()
+    assert (widths > 0).all()
+
+
+def test_what_is_not_finite_is_said() -> None:
+    figure = plots.histograms({"in": [1.0, 2.0], "out": [3.0, np.inf, np.nan], "gone": [np.inf]})
+    assert figure.axes[0].get_title(loc="right") == "not finite, and not shown: 2 of out, 1 of gone"
+    assert [drawn.sum() for drawn in shares(figure)] == pytest.approx([1, 1 / 3, 0])
+    pixels(figure)
+    assert plots.histograms({"in": [1.0]}).axes[0].get_title(loc="right") == ""
+
+
+@pytest.mark.parametrize("value", [0.0, -3.0, 1e-300, 1e300, np.inf])
+def test_constant_scores(value: float) -> None:
+    figure = plots.histograms({"a": [value] * 3})
+    pixels(figure)
+    assert shares(figure)[0].sum() == np.isfinite(value)
+
+
+def test_negative_scores_far_below() -> None:
+    figure = plots.histograms({"a": np.linspace(-1, 1, 50), "b": np.linspace(-5000, -4000, 50)})
+    pixels(figure)
+    assert (edges(figure)[0], edges(figure)[-1]) == (-5000, 1)
+    assert [drawn.sum() for drawn in shares(figure)] == pytest.approx([1, 1])
+
+
+def test_the_ends_of_the_numbers() -> None:
+    figure = plots.histograms({"a": np.zeros(5), "b": np.arange(5) * 1e-320, "c": [1e308, -1e308], "d": [1.0, 2.0]})
+    pixels(figure)
+    assert [drawn.sum() for drawn in shares(figure)] == pytest.approx([1, 1, 1, 1])
+    pixels(plots.histograms({"a": [1e-90, 2e-90], "b": [1e308, -1e308]}))
+
+
+def test_bad_sets() -> None:
+    with pytest.raises(BadValue, match=r"0 sets of scores\. Expected one to 6\. Pass"):
+        plots.histograms({})
+    with pytest.raises(BadValue, match=r"7 sets of scores\. Expected one to 6"):
+        plots.histograms({str(i): [1.0] for i in range(7)})
+    for scores, shape in (([], r"\(0,\)"), ([[1.0]], r"\(1, 1\)"), (1.0, r"\(\)")):
+        with pytest.raises(BadValue, match=rf"The scores of 'out' have shape {shape}\. Expected \[N\]"):
+            plots.histograms({"in": [1.0], "out": scores})
+
+
 # ---------------------------------------------------------------- no global state
 
 

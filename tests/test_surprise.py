@@ -116,12 +116,7 @@ def test_the_latest_forward_is_judged_and_nothing_stale(wrapped: noesis.Wrapped)
     wrapped(normal(4, seed=2))
     assert len(wrapped.surprise()) == 4
     wrapped(normal(4, seed=2), shallow=True)
-    partly = wrapped.surprise()
-    assert "deep" not in partly.layers
-    assert partly.absent == ["deep"]
-    assert len(partly.score) == 4
-    with pytest.raises(NoesisError, match="deep.*did not run in this forward"):
-        _ = partly.p_value
+    assert "deep" not in wrapped.surprise().layers
     with wrapped.paused():
         wrapped(normal(2, seed=1))
     assert "deep" not in wrapped.surprise().layers  # still of the forward before
@@ -134,6 +129,18 @@ def test_the_latest_forward_is_judged_and_nothing_stale(wrapped: noesis.Wrapped)
     wrapped(normal(3, seed=1))
     with pytest.raises(NoesisError, match="every= leave forwards out"):
         wrapped.surprise()
+
+
+def test_without_a_layer_that_counts_there_is_no_p_value(net: Net) -> None:
+    wrapped = noesis.wrap(net, layers=LAYERS, codebook=noesis.Codebook())
+    wrapped.calibrate([normal(300)], progress=False)
+    wrapped(normal(4), shallow=True)
+    partly = wrapped.surprise()
+    assert list(partly.layers) == ["conv"]
+    assert partly.absent == ["deep"]
+    assert len(partly.score) == 4
+    with pytest.raises(NoesisError, match="deep did not run in this forward"):
+        _ = partly.p_value
 
 
 def test_before_calibration_there_are_scores_alone(net: Net) -> None:
@@ -509,11 +516,11 @@ def test_the_first_tensor_says_how_large_the_batch_is() -> None:
             return self.layer(x) + timestep[:, None]
 
     wrapped = noesis.wrap(Denoiser(), layers="linear", codebook=noesis.Codebook())
-    wrapped(torch.zeros(1), torch.randn(6, 4))
-    assert len(wrapped.surprise()) == 1
-    wrapped = noesis.wrap(Denoiser(), layers="linear", codebook=noesis.Codebook())
-    wrapped(timestep=torch.zeros(6), x=torch.randn(6, 4))
-    assert len(wrapped.surprise()) == 6
+    wrapped(torch.zeros(1), torch.randn(60, 4))
+    with pytest.raises(NoesisError, match="no codes yet, and 1 vectors of layer to begin with"):
+        wrapped.surprise()
+    wrapped(timestep=torch.zeros(60), x=torch.randn(60, 4))
+    assert len(wrapped.surprise()) == 60
 
 
 def test_settings_are_checked() -> None:

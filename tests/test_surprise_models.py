@@ -96,9 +96,11 @@ def test_a_score_per_position_needs_eager_code() -> None:
     torch.compiler.reset()
 
 
-def test_generated_tokens_are_judged_one_by_one(wrapped) -> None:
+def test_generated_tokens_are_unlike_texts(wrapped) -> None:
     wrapped.generate(input_ids=texts(2), max_new_tokens=3, do_sample=False, pad_token_id=0)
-    assert len(wrapped.surprise()) == 2  # of the last token
+    surprise = wrapped.surprise()
+    assert len(surprise) == 2  # of the last token
+    assert (surprise.p_value < 0.05).all()
 
 
 def test_one_graph_for_all_blocks(wrapped, llama) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .capture import Activations, capture
     from .codebook import Codebook
     from .comparison import Comparison, Divergence, compare
+    from .drift import DriftMonitor
     from .errors import NoesisError
     from .observing import Observed
     from .routes import Routes
@@ -33,6 +34,7 @@ __all__ = [
     "Codebook",
     "Comparison",
     "Divergence",
+    "DriftMonitor",
     "NoesisError",
     "Observed",
     "Routes",
@@ -55,6 +57,7 @@ _HOMES = {
     "Codebook": "codebook",
     "Comparison": "comparison",
     "Divergence": "comparison",
+    "DriftMonitor": "drift",
     "NoesisError": "errors",
     "Observed": "observing",
     "Routes": "routes",

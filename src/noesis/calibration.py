@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BadValue
+from .tables import counted
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -138,6 +139,7 @@ class Calibration:
 
     Attributes:
         layers: names of the calibrated layers, in the order they run.
+        counted: those whose surprisals make the score; without the block that the head reads, if its input is there.
         samples: how many there were to fit the codes, to rank the layers, and for the p-values.
         scores: float64, sorted: the combined scores behind the p-values.
         classes: with `by_class=True`, the sorted scores of each predicted class that has enough.
@@ -149,6 +151,10 @@ class Calibration:
     samples: tuple[int, int, int]
     scores: Floats = field(default_factory=lambda: np.zeros(0))
     classes: dict[int, Floats] | None = None
+    counted: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.counted = self.counted or list(self.layers)
 
     def surprisals(self, nats: Mapping[str, Floats]) -> dict[str, Floats]:
         """-log p of the code lengths [N] of each layer that ran."""
@@ -157,7 +163,7 @@ class Calibration:
     def score(self, surprisals: Mapping[str, Floats], doubt: Floats | None) -> Floats:
         """The combined score [N] of the layers' surprisals and the logits' own measure."""
         ranked = None if self.doubt is None or doubt is None else self.doubt.surprisal(doubt)
-        return combine(np.stack([surprisals[name] for name in self.layers if name in surprisals], 1), ranked)
+        return combine(np.stack([surprisals[name] for name in self.counted if name in surprisals], 1), ranked)
 
     def p_value(self, scores: Floats, predicted: Ints | None = None) -> Floats:
         """Conformal p-values [N] of combined scores; with classes, among those predicted alike."""
@@ -168,11 +174,21 @@ class Calibration:
         return p
 
     def settle(self, scores: Floats, predicted: Ints | None) -> None:
-        """Take the combined scores of the last part, [n], and the classes predicted for it."""
+        """Take the combined scores of the last part, [n], and the classes predicted for it.
+
+        Raises:
+            NoesisError: when no class has enough of them.
+        """
         self.scores = np.sort(no_nan(scores))
         if predicted is not None:
             found, counts = np.unique(predicted, return_counts=True)
             enough = found[counts >= LEAST_OF_CLASS]
+            if not len(enough):
+                raise BadValue(
+                    f"by_class=True, and {len(scores)} samples for p-values, at most {counts.max()} of a class",
+                    f"a class with at least {LEAST_OF_CLASS}",
+                    f"Pass more normal inputs, about {6 * LEAST_OF_CLASS} for each class",
+                )
             self.classes = {int(label): np.sort(scores[predicted == label]) for label in enough}
 
     def __repr__(self) -> str:
@@ -181,7 +197,7 @@ class Calibration:
         classes = "" if self.classes is None else f", {len(self.classes)} classes with p-values of their own"
         return (
             f"Calibration({sum(self.samples)} samples: {fit} fitted the codes, {rank} rank the layers, {last} give the "
-            f"p-values, which start at {1 / (last + 1):.2g}; {len(self.layers)} layers{logits}{classes})"
+            f"p-values, which start at {1 / (last + 1):.2g}; {counted(len(self.layers), 'layer')}{logits}{classes})"
         )
 
 

@@ -37,6 +37,7 @@ def save_calibration(coder: Coder, path: files.PathLike) -> Path:
         arrays[f"class.{label}"] = scores
     header: dict[str, Any] = {
         "layers": calibration.layers,
+        "counted": calibration.counted,
         "samples": list(calibration.samples),
         "logits": calibration.doubt is not None,
         "classes": None if calibration.classes is None else sorted(calibration.classes),
@@ -80,6 +81,7 @@ def _read(coder: Coder, arrays: files.Arrays, header: dict[str, Any]) -> tuple[C
         (fit, rank, last),
         _sorted(arrays["scores"]),
         None if classes is None else {int(label): _sorted(arrays[f"class.{label}"]) for label in classes},
+        [names[names.index(name)] for name in header["counted"]],
     )
     return calibration, books
 

@@ -20,6 +20,10 @@ Floats = NDArray[np.float64]
 
 #: A variance is at least this, of directions whose length is one.
 TINY = 1e-12
+#: Share of the mean variance that running estimates give to every direction, which small batches may never span.
+RIDGE = 1e-3
+#: What is left of a vector in a code's count 1 / (1 - decay) losses later.
+USED = math.exp(-1)
 #: The log of a length varies by at least this much, or float32 would call rounding strange.
 LEAST_NORM_STD = 1e-3
 
@@ -31,12 +35,13 @@ class Codebook:
     Attributes:
         size: codes per layer at most; fitted to n vectors there are about 2 sqrt(n).
         dim: dimensions of the projection at most; never more than channels, nor than n / 4 beyond 8.
-        positions: `"mean"` codes the mean over positions (tokens, pixels) of each sample; `"each"` codes
-            every position and takes the mean of the code lengths, in eager code.
+        positions: `"mean"` codes mean and standard deviation over the positions (tokens, pixels) of each sample;
+            `"each"` codes every position and takes the mean of the code lengths, in eager code.
         learn: False: `calibrate` fits the codes. `"gradient"`: `coding_loss()` trains codes and projection.
             `"ema"`: `coding_loss()` moves the codes towards the vectors they code.
         detach: whether `coding_loss()` leaves the model alone; False lets it shape the model.
-        decay: share of a code that `"ema"` keeps at each step.
+        decay: share that running estimates keep at each loss: of the covariance, the codes' weights and, with
+            `"ema"`, the codes.
         mask: the argument of the model's forward that says which tokens count; those where it is 0 do not.
         seed: of the generator that fits the codes; no other random numbers are consumed.
 
@@ -46,8 +51,8 @@ class Codebook:
         >>> wrapped = noesis.wrap(model, layers="1", codebook=noesis.Codebook(), logits="2")
         >>> _ = wrapped.calibrate([torch.randn(50, 4) for _ in range(10)])
         >>> _ = wrapped(torch.full((2, 4), 30.0))
-        >>> wrapped.surprise().p_value.max() < 0.05
-        True
+        >>> wrapped.surprise().is_ood(0.05).tolist()
+        [True, True]
     """
 
     size: int = 256
@@ -90,7 +95,8 @@ class LayerCodebook(nn.Module):
     Attributes:
         projection: [channels, dim].
         codes: [size, dim], in the projection.
-        utilisation: share of the codes that coded at least one vector of the latest fit or loss.
+        utilisation: share of the codes that coded a vector when they were fitted, or within about the last
+            1 / (1 - decay) losses.
         dead: positions of the codes that did not.
     """
 
@@ -126,12 +132,12 @@ class LayerCodebook(nn.Module):
     @property
     def utilisation(self) -> float:
         """Share of the codes in use."""
-        return float((self.counts > 0).float().mean()) if self.ready else 0.0
+        return float((self.counts > USED).float().mean()) if self.ready else 0.0
 
     @property
     def dead(self) -> list[int]:
         """Positions of the codes that are not in use."""
-        return [int(i) for i in (self.counts == 0).nonzero()]
+        return [int(i) for i in (self.counts <= USED).nonzero()]
 
     def check(self, name: str, width: int) -> None:
         """Refuse vectors of another width.
@@ -249,21 +255,47 @@ class LayerCodebook(nn.Module):
 
     def loss(self, vectors: Tensor) -> Tensor:
         """The mean code length per dimension of vectors [N, channels], which gradients flow through."""
-        coded = code_reference(vectors.to(self.centre.device), self.book())
-        with torch.no_grad():
-            used = torch.bincount(coded.nearest, minlength=len(self.codes)).to(self.counts.dtype)
-            self.counts = used
-            if self.settings.learn == "ema":
-                self._follow(vectors, coded.nearest, used)
-        mean: Tensor = coded.total.mean() / self.codes.shape[1]
+        vectors = vectors.to(self.centre.device)
+        self._follow(vectors.detach().float())
+        mean: Tensor = code_reference(vectors, self.book()).total.mean() / self.codes.shape[1]
         return mean
 
-    def _follow(self, vectors: Tensor, nearest: Tensor, used: Tensor) -> None:
-        """Move codes towards the mean of the vectors they code (van den Oord et al. 2017, 1711.00937, appendix A.1)."""
-        points = (directions(vectors.detach().float())[0] - self.centre) @ self.projection
-        sums = torch.zeros_like(self.codes).index_add_(0, nearest, points)
-        keep = 1 - (1 - self.settings.decay) * (used > 0).float()[:, None]
-        self.codes.data.mul_(keep).add_((1 - keep) * sums / used.clamp(min=1)[:, None])
+    @torch.no_grad()
+    def _follow(self, vectors: Tensor) -> None:
+        """Running estimates of what is not learned by gradients: weights, covariance, what is left over, lengths.
+
+        With `learn="ema"` the codes too (van den Oord et al. 2017, 1711.00937, appendix A.1). The decay is that of the
+        settings; a model that changes slowly is followed, and a single batch does not decide.
+        """
+        vectors = vectors[vectors.isfinite().all(1)]
+        if not len(vectors):
+            return
+        keep = self.settings.decay
+        unit, log_length = directions(vectors)
+        points = (unit - self.centre) @ self.projection
+        nearest = torch.cdist(points @ self.whiten, self.codes @ self.whiten).argmin(1)
+        used = torch.bincount(nearest, minlength=len(self.codes)).to(self.counts.dtype)
+        if self.settings.learn == "ema":
+            share = (1 - keep) * (used > 0).float()[:, None]
+            sums = torch.zeros_like(self.codes).index_add_(0, nearest, points)
+            self.codes.data.mul_(1 - share).add_(share * sums / used.clamp(min=1)[:, None])
+        about = points - self.codes[nearest]
+        left = (unit - self.centre - points @ self.projection.T).square().sum(1).mean()
+        outside = max(self.channels - self.codes.shape[1], 1)
+        precision = self.whiten @ self.whiten.T
+        covariance = keep * torch.linalg.inv(precision) + (1 - keep) * about.T @ about / len(points)
+        ridge = RIDGE * covariance.diagonal().mean() + TINY
+        factor = torch.linalg.cholesky(covariance + ridge * torch.eye(len(covariance), device=covariance.device))
+        self.whiten = torch.linalg.inv(factor).T.contiguous()
+        self.constant = factor.diagonal().log().sum() + len(factor) / 2 * math.log(2 * math.pi)
+        if self.residual.isfinite():
+            self.residual = keep * self.residual + (1 - keep) * left / outside
+        mean = keep * self.norm[0] + (1 - keep) * log_length.mean()
+        square = keep * self.norm[1].square() + (1 - keep) * (log_length - mean).square().mean()
+        self.norm = torch.stack([mean, square.sqrt().clamp(min=LEAST_NORM_STD)])
+        self.counts = keep * self.counts + used
+        weights = self.counts.clamp(min=0.5)
+        self.log_weights = (weights / weights.sum()).log()
 
     def extra_repr(self) -> str:
         """Sizes and usage."""

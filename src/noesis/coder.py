@@ -29,6 +29,8 @@ Floats = NDArray[np.float64]
 ROOM = 64
 #: Positions kept of a sample with `positions="each"`; of more, so many evenly spaced ones.
 MOST_POSITIONS = 256
+#: Without calibration the first forward that is judged gives the codes, if it has as many samples.
+LEAST_TO_BEGIN = 32
 #: Vectors coded at a time, which bounds the memory of reading.
 CODED_AT_ONCE = 1 << 14
 
@@ -159,6 +161,7 @@ class Coder:
         self.channels: dict[str, Channel] = {}
         self.books: dict[str, LayerCodebook] = {}
         self.doubt: Channel | None = None
+        self.head: str | None = None  # the channel of what the module of the logits is given
         self.calibration: Calibration | None = None
         self.uncoded: dict[str, str] = {}  # why a layer leaves no vectors
         self.mask: Tensor | None = None
@@ -169,6 +172,11 @@ class Coder:
         channel = self.channels[name] = Channel(name, module, self, spread=spread)
         self.books[name] = LayerCodebook(self.settings, self.device)
         return channel
+
+    def see_head(self, logits: str) -> Channel:
+        """Watch what the module of the logits is given."""
+        self.head = f"input of {logits}"
+        return self.add(self.head, nn.Module(), spread=False)
 
     def see_logits(self) -> Channel:
         """Watch the logits."""
@@ -211,7 +219,10 @@ class Coder:
         Unsure is minus the energy (Liu et al. 2020, 2010.03759), of a language model its mean over tokens.
         """
         energy = -torch.logsumexp(logits.float(), -1)
-        return torch.stack([energy, logits.argmax(-1).to(energy.dtype)], -1)
+        predicted = logits.argmax(-1).to(energy.dtype)
+        if logits.dim() > 2:  # tokens have no class together
+            predicted = torch.full_like(predicted, torch.nan)
+        return torch.stack([energy, predicted], -1)
 
     # ------------------------------------------------------------ scores
 
@@ -238,16 +249,37 @@ class Coder:
         doubt = None if self.doubt is None else self.doubt.kept(forwards)
         return self.judge(kept, None if doubt is None else doubt.vectors)
 
+    def left(self, forwards: int) -> bool:
+        """Whether any layer left vectors in this forward."""
+        return any(channel.kept(forwards) is not None for channel in self.channels.values())
+
     def ensure_codes(self, kept: dict[str, Kept]) -> None:
-        """Have codes, if need be from these vectors."""
+        """Have codes, if need be from these vectors.
+
+        Raises:
+            NoesisError: when there are too few vectors, or they are of another width than the codes.
+        """
         for name, found in kept.items():
             book = self.books[name]
+            vectors = found.vectors if found.each is None else found.each.flatten(0, 1)
             if not book.ready:
-                logger.info("the codes of {} begin with the vectors of this forward", name)
-                vectors = found.vectors if found.each is None else found.each.flatten(0, 1)
-                book.begin(finite(host(vectors)), np.random.default_rng(self.settings.seed))
-                book.to(found.vectors.device)
-            book.check(name, (found.vectors if found.each is None else found.each).shape[-1])
+                self._begin(name, finite(host(vectors)))
+                book.to(vectors.device)
+            book.check(name, vectors.shape[-1])
+
+    def _begin(self, name: str, vectors: Floats) -> None:
+        book, generator = self.books[name], np.random.default_rng(self.settings.seed)
+        if self.settings.learn:
+            book.begin(vectors, generator)
+            return
+        if len(vectors) < LEAST_TO_BEGIN:
+            raise WrongState(
+                f"There are no codes yet, and {len(vectors)} vectors of {name} to begin with",
+                f"a calibrated model, or at least {LEAST_TO_BEGIN} samples in the first forward that is judged",
+                "Call wrapped.calibrate(loader)",
+            )
+        logger.info("{} is coded by the vectors of this forward, until wrapped.calibrate(loader)", name)
+        book.fit(vectors, generator)
 
     def judge(self, kept: dict[str, Kept], logits: Tensor | None) -> Surprise:
         """The scores of vectors."""
@@ -263,7 +295,7 @@ class Coder:
             for name, layer in layers.items()
             if name in surprisals
         }
-        if not layers:
+        if not any(name in layers for name in calibration.counted):
             raise WrongState(
                 f"None of {', '.join(nats)} was calibrated",
                 f"a forward in which {calibration.layers[0]} runs",
@@ -271,10 +303,11 @@ class Coder:
             )
         doubt = predicted = surprisal = p = None
         if logits is not None and calibration.doubt is not None:
-            doubt, predicted = host(logits).T[0], np.nan_to_num(host(logits).T[1]).astype(np.int64)
+            doubt, classes = host(logits).T
+            predicted = np.nan_to_num(classes).astype(np.int64)
             surprisal, p = calibration.doubt.surprisal(doubt), calibration.doubt.unsure.p_value(doubt)
         score = calibration.score(surprisals, doubt)
-        absent = [name for name in calibration.layers if name not in layers]
+        absent = [name for name in calibration.counted if name not in layers]
         if calibration.doubt is not None and doubt is None:
             absent.append("logits")
         return Surprise(score, layers, doubt, surprisal, p, absent, calibration.p_value(score, predicted))
@@ -303,12 +336,19 @@ class Coder:
         doubt = None
         if logits is not None:
             doubt = Doubt.of(logits[np.concatenate([fit, rank]), 0])  # nothing is fitted for it
-        made = Calibration(list(vectors), ranks, doubt, (len(fit), len(rank), len(last)))
+        made = Calibration(
+            list(vectors), ranks, doubt, (len(fit), len(rank), len(last)), counted=self._counted(vectors)
+        )
         nats = {name: code_values(books[name], values[last]).code_length for name, values in vectors.items()}
         scores = made.score(made.surprisals(nats), None if logits is None else logits[last, 0])
-        made.settle(scores, logits[last, 1].astype(np.int64) if by_class and logits is not None else None)
+        made.settle(scores, classes_of(logits[last, 1]) if by_class and logits is not None else None)
         self.adopt(books, made)
         return made
+
+    def _counted(self, vectors: dict[str, Collected]) -> list[str]:
+        """Whose surprisals make the score: what the head reads stands for the last block, which it comes from."""
+        *earlier, last = vectors
+        return [*earlier[:-1], last] if last == self.head else [*earlier, last]
 
     def adopt(self, books: dict[str, LayerCodebook], calibration: Calibration) -> None:
         """Take codebooks and what is normal for them; parameters stay the objects that an optimiser may hold."""
@@ -425,6 +465,21 @@ def ranked(layer: LayerSurprise, ranks: Ranks, surprisal: Floats) -> LayerSurpri
     """A layer's word with what it means against the calibration samples."""
     values = {**vars(layer), "surprisal": surprisal, "p_value": ranks.p_value(layer.code_length), "usual": ranks.usual}
     return LayerSurprise(**values)
+
+
+def classes_of(predicted: Floats) -> NDArray[np.int64]:
+    """Predicted classes as numbers.
+
+    Raises:
+        NoesisError: when the logits were of tokens.
+    """
+    if np.isnan(predicted).any():
+        raise WrongState(
+            "by_class=True with logits of tokens, or logits that are not finite",
+            "logits [N, classes]",
+            "Leave by_class out",
+        )
+    return predicted.astype(np.int64)
 
 
 def host(tensor: Tensor) -> Floats:

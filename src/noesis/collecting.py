@@ -176,7 +176,7 @@ def collect(
         )
     collection = Collection(coder)
     device = next((tensor.device for tensor in root.parameters()), torch.device("cpu"))
-    with _evaluating(root), torch.no_grad(), eager(), recorder.no_mark():
+    with evaluating(root), torch.no_grad(), eager(), recorder.no_mark():
         for batch in bar(loader, progress):
             moved = moved_to(batch, device)
             if forward is not None:
@@ -267,7 +267,7 @@ def bar(loader: Iterable[Any], progress: bool) -> Iterable[Any]:
 
 
 @contextmanager
-def _evaluating(root: nn.Module) -> Iterator[None]:
+def evaluating(root: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards each module is in the mode it was in."""
     before = {module: module.training for module in root.modules()}
     root.eval()

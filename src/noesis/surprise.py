@@ -62,6 +62,10 @@ class Reason:
     p_value: float | None
     largest: str  # which part of the code length is furthest above usual, or "logits"
 
+    def __repr__(self) -> str:
+        p = "" if self.p_value is None else f", p={self.p_value:.3g}"
+        return f"Reason({self.layer}: {self.surprisal:.3g} nats{p}, most by {self.largest})"
+
 
 @dataclass
 class Surprise:
@@ -70,7 +74,7 @@ class Surprise:
     Attributes:
         score: float64 [N] in nats, higher is stranger; before calibration the mean code length over layers.
         layers: by name, those that ran in the forward.
-        doubt: float64 [N], how unsure the logits are (minus their energy, or the entropy for tokens), or None.
+        doubt: float64 [N], how unsure the logits are (minus their energy; of tokens the mean), or None.
         absent: calibrated layers that did not run in the forward.
 
     Example:
@@ -110,7 +114,7 @@ class Surprise:
             )
         if self.absent:
             raise WrongState(
-                f"{self.absent[0]} and {len(self.absent) - 1} other calibrated layers did not run in this forward",
+                f"{', '.join(self.absent[:5])} did not run in this forward, and did in those of the calibration",
                 "a forward like those of the calibration",
                 "Calibrate with forwards of this kind, or read score, which takes the layers that ran",
             )

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from loguru import logger
@@ -29,6 +29,7 @@ from .observing import Site, become_observed, rebind, restore, site_of
 from .outputs import stream_index
 from .recorder import Recorder
 from .routes import Routes, routers
+from .scalars import STATS, scalars
 from .selecting import Layers, select
 from .soulprint import Soulprint
 from .surprise import Surprise
@@ -171,7 +172,7 @@ def _observe(
         _, site = sites.setdefault(id(logits or root), (logits or root, Site(recorder)))
         site.doubt, site.looks = coder.see_logits(), True
         if logits is not None:
-            site.head = coder.add(f"input of {recorder.settings['logits']}", nn.Module(), spread=False)
+            site.head = coder.see_head(recorder.settings["logits"])
     done: list[nn.Module] = []
     try:
         for module, site in sites.values():
@@ -308,8 +309,9 @@ class Wrapped(nn.Module):
         kept. Nothing changes if it fails or is interrupted.
 
         Args:
-            loader: batches of normal inputs the model was not trained on, or at least not fitted to: tensors,
-                pairs (inputs, labels), or dicts of arguments.
+            loader: batches of normal inputs that the model was not trained on (on its training data it is too sure
+                of itself, and more new inputs than promised look strange): tensors, pairs (inputs, labels), or dicts
+                of arguments.
             labels: fit a code per class to the labels of the batches, rather than codes without labels.
             progress: show tqdm's bar where it is installed and stderr is a terminal.
             by_class: give each predicted class p-values of its own (Mondrian conformal prediction, Vovk et al.
@@ -328,7 +330,7 @@ class Wrapped(nn.Module):
             >>> wrapped = noesis.wrap(model, layers="1", codebook=noesis.Codebook(), logits="2")
             >>> wrapped.calibrate([torch.randn(100, 4) for _ in range(6)])
             Calibration(600 samples: 400 fitted the codes, 100 rank the layers, 100 give the p-values, which start \
-at 0.0099; 1 layers and the logits)
+at 0.0099; 2 layers and the logits)
         """
         coder = self._coder()
         if by_class and coder.doubt is None:
@@ -354,7 +356,7 @@ at 0.0099; 1 layers and the logits)
         return self._coder().calibration
 
     def surprise(self) -> Surprise:
-        """How strange each sample of the latest observed forward is.
+        """How strange each sample of the latest forward is; forwards inside `paused()` do not count.
 
         Raises:
             NoesisError: without a codebook, or when no layer was observed in the latest forward.
@@ -362,6 +364,52 @@ at 0.0099; 1 layers and the logits)
         coder = self._coder()
         with undisturbed():
             found: Surprise = coder.surprise(self._forwards())
+        return found
+
+    def log_to(
+        self,
+        target: Any,
+        step: int | None = None,
+        *,
+        layers: Literal["aggregate", "each"] | Sequence[str] = "aggregate",
+        stats: Sequence[str] = STATS,
+    ) -> dict[str, float]:
+        """Write what the latest forward came down to: statistics, code lengths, usage of codes, quantiles of surprise.
+
+        Reading it waits for the device. Forwards that `every` leaves out write nothing; after a forward inside
+        `paused()` the one before is written again.
+
+        Args:
+            target: a path ending in `.csv` or `.jsonl`, or an object with `log(dict, step=...)` (Weights & Biases,
+                Trackio), `log_metrics` (MLflow, Lightning) or `add_scalar` (TensorBoard).
+            step: number of the step for the logger; by default that of the forward.
+            layers: `"aggregate"` over all layers, `"each"` of them, or the names of some; see `noesis.scalars`.
+            stats: which statistics.
+
+        Returns:
+            What was written, by keys such as `noesis/<layer>/<stat>`.
+
+        Raises:
+            NoesisError: for a target, a layer or a statistic that is not known, or a CSV whose columns are others.
+
+        Example:
+            >>> import tempfile, torch, noesis
+            >>> wrapped = noesis.wrap(torch.nn.Sequential(torch.nn.Linear(4, 8)))
+            >>> _ = wrapped(torch.ones(2, 4))
+            >>> path = tempfile.mkdtemp() + "/run.jsonl"
+            >>> wrapped.log_to(path)["noesis/layers/ran"]
+            1.0
+        """
+        from .integrations.loggers import writer
+
+        write, trace, forwards = writer(target), self.trace(), self._forwards()
+        if not len(trace) or trace.steps[-1] != forwards - 1:
+            return {}
+        coder = self._recorder.coder
+        books = {} if coder is None else coder.books
+        judged = coder is not None and coder.left(forwards) and all(book.ready for book in books.values())
+        found = scalars(trace, self.surprise() if judged else None, books, layers=layers, stats=stats)
+        write(found, forwards - 1 if step is None else step)
         return found
 
     def ambiguity(self, **weights: Any) -> Ambiguity:
@@ -383,8 +431,8 @@ at 0.0099; 1 layers and the logits)
 
         Example:
             >>> import torch, noesis
-            >>> model = torch.nn.Linear(4, 8)
-            >>> wrapped = noesis.wrap(model, layers="all", codebook=noesis.Codebook(size=4, dim=2, learn="gradient"))
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
+            >>> wrapped = noesis.wrap(model, layers="0", codebook=noesis.Codebook(size=4, dim=2, learn="gradient"))
             >>> optimiser = torch.optim.Adam([*model.parameters(), *wrapped.codebook_parameters()])
             >>> loss = wrapped(torch.randn(16, 4)).square().mean() + 0.1 * wrapped.coding_loss()
             >>> loss.backward()

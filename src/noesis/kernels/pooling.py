@@ -29,9 +29,9 @@ LEAST_SQUARE = 1e-24
 
 
 def width(x: Tensor, samples: int, channel: int, spread: bool) -> int:
-    """The length of the vectors of an output."""
+    """The length of the vectors of an output; a text of one token has as much as a longer one."""
     channels = x.shape[channel] if x.dim() > 1 else 1
-    return 2 * channels if spread and x.numel() > samples * channels else channels
+    return 2 * channels if spread and (x.dim() > 2 or x.shape[0] > samples) else channels
 
 
 def pooled(x: Tensor, samples: int, channel: int, spread: bool, mask: Tensor | None = None) -> Tensor:
@@ -49,8 +49,8 @@ def pooled(x: Tensor, samples: int, channel: int, spread: bool, mask: Tensor | N
         [samples, channels], or [samples, 2 channels] with the means first; a sample without a position that counts
         is NaN.
     """
+    both = width(x, samples, channel, spread) > (x.shape[channel] if x.dim() > 1 else 1)
     x = by_position(x, samples, channel).float()
-    both = spread and x.shape[1] > 1
     if mask is None:
         mean = x.mean(1)
         squares = (x - mean[:, None]).square().mean(1) if both else mean
@@ -145,7 +145,7 @@ def pool_cpu(
         return
     check_room(samples, buffer)
     numba = _numba()
-    if numba is None or mask is not None or x.dtype != torch.float32 or x.numel() <= samples * x.shape[channel]:
+    if numba is None or mask is not None or x.dtype != torch.float32 or x.dim() < 3 or not x.numel():
         buffer[:samples] = pooled(x.detach(), samples, channel, spread, mask)
     else:
         rows = by_position(x.detach().resolve_neg(), samples, channel)
