@@ -1,4 +1,7 @@
-"""Put what was measured into the README: tables between its two markers, from `results/*.json`.
+"""Put what was measured into the README: tables between its markers, from `results/*.json`.
+
+`<!-- overhead -->` to `<!-- end -->` holds what observing costs, and `<!-- detection -->` to `<!-- end -->`, where the
+README has it, how well strange inputs are told.
 
 python benchmarks/table.py            # write them
 python benchmarks/table.py --check    # say whether the README is what the results say
@@ -16,7 +19,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PART = re.compile(r"(<!-- overhead -->\n)(.*?)(?=\n<!-- end -->)", re.DOTALL)
 KERNEL_SIZES = ("64 KB", "1 MB", "16 MB", "512 MB", "4 GB")
 MB = 1 << 20
 Found = dict[str, Any]
@@ -73,6 +75,15 @@ def measured_on(file: Found) -> str:
     parts = [machine["device"], f"torch {machine['torch']}"]
     parts += [f"triton {machine['triton']}"] if machine["triton"] and machine["kind"] == "cuda" else []
     return f"{', '.join(parts)}; `benchmarks/{file['script']}.py`."
+
+
+def render_detection(folder: Path = RESULTS) -> str:
+    """How well strange inputs are told, over all sets; what it was measured on."""
+    return "\n\n".join(
+        f"{detection_table(file['summary'])}\n\n{machine}"
+        for machine, files in by_machine(load(folder).get("ood", []))
+        for file in files
+    )
 
 
 # ---------------------------------------------------------------- one table each
@@ -158,6 +169,85 @@ def memory_table(cases: list[Found]) -> str:
     return markdown(["model", "layers", "bare peak", "noesis adds", "of it the recorder's tensors"], rows)
 
 
+# ---------------------------------------------------------------- detection
+
+
+def detection_tables(summary: Found, near: dict[str, list[str]]) -> str:
+    """A table per set and one over all: AUROC (with half the width of its interval) and FPR95, in percent."""
+    parts = []
+    for name, methods in summary["sets"].items():
+        outs = list(next(iter(methods.values()))["outs"])
+        head = [name, *(f"{out} (near)" if out in near[name] else out for out in outs), "mean AUROC", "far FPR95"]
+        rows = [
+            [method, *(two(told["outs"][out]) for out in outs), f"{told['auroc']:.1f}", f"{told['far_fpr95']:.1f}"]
+            for method, told in methods.items()
+        ]
+        parts.append(markdown(head, rows))
+    return "\n\n".join([*parts, detection_table(summary)])
+
+
+def detection_table(summary: Found) -> str:
+    """The means over the sets, and each set's mean AUROC; methods that lack a set are left out."""
+    sets = summary["sets"]
+    head = ["mean over the sets", *sets, "AUROC", "near AUROC", "far FPR95"]
+    rows = [
+        [method, *(f"{found[method]['auroc']:.1f}" for found in sets.values())]
+        + [f"{told[key]:.1f}" for key in ("auroc", "near_auroc", "far_fpr95")]
+        for method, told in summary["overall"].items()
+    ]
+    return markdown(head, rows)
+
+
+def two(told: Found) -> str:
+    """AUROC and its interval's half width, and FPR95."""
+    low, high = told["auroc_interval"]
+    return f"{told['auroc']:.1f} ± {(high - low) / 2:.1f} / {told['fpr95']:.1f}"
+
+
+def alarm_table(cases: list[Found]) -> str:
+    """False alarms by alpha: calibrated as in the comparison, and on one half of the test set."""
+    alphas = list(cases[0]["false_alarms"]["runs"][0])
+    head = ["set, seed", "calibrated on", *(f"at {alpha}" for alpha in alphas)]
+    rows = []
+    for case in cases:
+        told, name = case["false_alarms"], f"{case['name']}, {case['seed']}"
+        means = {alpha: sum(run[alpha] for run in told["runs"]) / len(told["runs"]) for alpha in alphas}
+        trained = "trained on" in told["calibrated_on"]
+        note = told["calibrated_on"] + (": no guarantee" if trained else "")
+        for where, found in ((note, means), ("half of the test set", told.get("held_out"))):
+            rows += [[name, where, *(f"{found[alpha]:.3f}" for alpha in alphas)]] if found else []
+    return markdown(head, rows)
+
+
+def ablation_table(rows: list[Found]) -> str:
+    """What each choice is worth: of the whole score, and of the last block alone."""
+    head = ["", "changed", "near AUROC", "far AUROC", "far FPR95", "last block alone: near AUROC", "far FPR95"]
+    keys = ("near_auroc", "far_auroc", "far_fpr95")
+    lines = []
+    for row in rows:
+        alone = row.get("alone")
+        line = [row["group"], row["name"], *(f"{row['whole'][key]:.1f}" for key in keys)]
+        lines.append(line + ([f"{alone[key]:.1f}" for key in ("near_auroc", "far_fpr95")] if alone else ["", ""]))
+    return markdown(head, lines)
+
+
+def speed_tables(found: Found) -> str:
+    """What calibrating and stepping with codebooks take, against the bare model."""
+    parts = []
+    for name, case in found.items():
+        rows = []
+        for variant, told in case["variants"].items():
+            if variant == "bare":
+                rows.append([name, variant, duration(told["seconds"]), "", ""])
+                continue
+            beside = told.get("share_of_nervecode")
+            shown = ratio(beside["share"], beside["share_quartiles"]) if beside else ""
+            times = ratio(told["ratio"], told["ratio_quartiles"])
+            rows.append([name, variant, duration(told["seconds"]), times, shown])
+        parts.append(markdown(["", "variant", "time", "against bare (quartiles)", "of nervecode's cost"], rows))
+    return "\n\n".join(parts)
+
+
 # ---------------------------------------------------------------- how things are written
 
 
@@ -183,6 +273,12 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.0f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.1f} ms"
 
 
+def put(text: str, name: str, tables: str) -> tuple[str, int]:
+    """The text with the tables in its part of this name, and how many such parts it has."""
+    part = re.compile(rf"(<!-- {name} -->\n)(.*?)(?=\n<!-- end -->)", re.DOTALL)
+    return part.subn(lambda match: match[1] + tables, text)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Write the tables into the README, or check that they are there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -194,9 +290,10 @@ def main(arguments: list[str] | None = None) -> None:
     tables = render(options.results)
     if not tables:
         raise SystemExit(f"{options.results} holds no results: run benchmarks/overhead.py first")
-    new, count = PART.subn(lambda match: match[1] + tables, text)
+    new, count = put(text, "overhead", tables)
     if count != 1:
         raise SystemExit(f"{options.readme} has no part between <!-- overhead --> and <!-- end -->")
+    new, _ = put(new, "detection", render_detection(options.results))
     if not options.check:
         options.readme.write_text(new, encoding="utf-8")
     elif new != text:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import json
 import math
 import types
 from pathlib import Path
@@ -26,7 +28,7 @@ def _threads():
 @pytest.fixture
 def detection(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    parts = ("baselines", "metrics", "nervecode_baseline", "sets", "classifiers")
+    parts = ("baselines", "metrics", "nervecode_baseline", "sets", "classifiers", "detector", "variants", "speed")
     return types.SimpleNamespace(**{part: importlib.import_module(f"detection.{part}") for part in parts})
 
 
@@ -382,3 +384,217 @@ def test_the_stories_are_of_the_models_own_kind(detection, data, tmp_path):
         assert (x[:, 1:] > case.model.config.eos_token_id).all()
     again = detection.sets.case(4, data=data, cache=tmp_path)
     assert torch.equal(case.test, again.test)
+
+
+# ---------------------------------------------------------------- noesis on a case
+
+
+@pytest.fixture
+def ood(monkeypatch, detection, tmp_path):
+    """The script, with a cache of its own."""
+    script = importlib.import_module("ood")
+    monkeypatch.setattr(script, "case", functools.partial(detection.sets.case, cache=tmp_path))
+    return script
+
+
+def test_digits_from_the_command_to_the_tables(ood, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    path = tmp_path / "ood.json"
+    options = ["--sets", "3", "--seeds", "0", "--splits", "0", "1", "--no-nervecode", "--json", str(path)]
+    ood.main(options)
+    found = json.loads(path.read_text())
+    assert found["script"] == "ood"
+    (case,) = found["cases"]
+    assert (case["name"], case["seed"], case["splits"], case["near"]) == ("digits", 0, [0, 1], ["digits89"])
+    assert list(case["figures"])[:3] == ["noesis", "noesis without logits", "noesis, frozen on set 1"]
+    assert set(NAMES) < set(case["figures"])
+    assert [len(runs) for runs in case["figures"].values()] == [2, 2, 2, *[1] * len(NAMES)]
+    ours = case["figures"]["noesis"]
+    assert ours[0] != ours[1]  # another split
+    assert ours[0]["inverted"]["auroc"] > 99
+    assert ours[0]["digits89"]["auroc_interval"][0] < ours[0]["digits89"]["auroc"]
+    alarms = case["false_alarms"]
+    assert "trained on" in alarms["calibrated_on"]
+    assert [list(run) for run in (*alarms["runs"], alarms["held_out"])] == [["0.01", "0.05", "0.1"]] * 3
+    assert alarms["held_out"]["0.1"] == pytest.approx(0.1, abs=0.06)
+    told = capsys.readouterr().out
+    table = importlib.import_module("table")
+    assert f"{table.detection_table(found['summary'])}\n\n" in table.render_detection(tmp_path) + "\n\n"
+    text, count = table.put("a\n<!-- detection -->\nold\n<!-- end -->\nb", "detection", "new")
+    assert (text, count) == ("a\n<!-- detection -->\nnew\n<!-- end -->\nb", 1)
+    assert "| digits | digits89 (near) | noise | inverted | permuted | mean AUROC | far FPR95 |" in told
+    assert f"| {found['summary']['overall']['noesis']['auroc']:.1f} |" in told
+    assert "| digits, 0 | images the model was trained on: no guarantee |" in told
+
+
+def test_the_default_is_a_variant_of_the_ablations(detection, tmp_path):
+    pytest.importorskip("sklearn")
+    variants = detection.variants
+    case = detection.sets.case(3, cache=tmp_path)
+    names = variants.selected(case, "blocks")
+    inputs = {"fit": case.fit, "test": case.test, **case.out}
+    vectors = {name: variants.extract(case, x, [*names, case.logits]) for name, x in inputs.items()}
+    for seed, logits in ((0, True), (3, True), (0, False)):
+        variant = variants.Variant(doubt="energy" if logits else None, head=logits)
+        # Nobody says without `logits` that the last module is no block.
+        found = variants.scores(variant, names if logits else [*names, case.logits], vectors, seed)
+        judged = detection.detector.judge(case, seed=seed, logits=logits)
+        for name, scores in judged.scores.items():
+            assert np.corrcoef(found[name], scores)[0, 1] > 0.9999
+            assert np.median(np.abs(found[name] - scores)) < 1e-3
+    assert type(case.model) is nn.Sequential  # unwrapped
+
+
+@pytest.mark.parametrize("row", range(8))
+def test_every_kind_of_variant_tells_far_from_normal(detection, row):
+    variants, case = detection.variants, many(detection.sets)
+    inputs = {"fit": case.fit, "test": case.test, **case.out}
+    names = variants.selected(case, "leaves")
+    vectors = {name: variants.extract(case, x, names) for name, x in inputs.items()}
+    for one in variants.ablations()[row::8]:
+        if one.name == "energy alone":
+            continue
+        found = variants.scores(one.variant, variants.layers_of(case, one.layers), vectors)
+        assert list(found) == ["test", "far"]
+        assert detection.metrics.auroc(found["test"], found["far"]) > 0.9, one.name
+
+
+def many(sets):
+    """The small case, with enough inputs to calibrate."""
+    case = small_case(sets)
+    object.__setattr__(case, "fit", torch.randn(300, 6))
+    object.__setattr__(case, "blocks", ("0", "1"))
+    return case
+
+
+def test_a_constant_at_the_end_keeps_the_length_of_vectors(detection):
+    variants = detection.variants
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(2000, 6)) * np.arange(1, 7)
+    inverse = np.linalg.inv(np.cov(x.T))
+    at = generator.normal(size=(500, 6)) * 8
+    expected = np.einsum("ni,ij,nj->n", at - x.mean(0), inverse, at - x.mean(0)) / 2
+
+    def lengths(scale):
+        book = variants.LayerCodebook(variants.noesis.Codebook(size=1), torch.device("cpu"))
+        book.fit(variants.undirected(x, scale), generator)
+        return book.code(torch.from_numpy(variants.undirected(at, scale)).float()).mixture.numpy()
+
+    scale = float(np.sqrt((x**2).sum(1).mean()))
+    assert np.corrcoef(lengths(scale), expected)[0, 1] > 0.99
+    assert np.corrcoef(lengths(None), expected)[0, 1] < 0.8
+
+
+def test_the_rules_of_the_ablations(detection):
+    variants = detection.variants
+    layers = np.array([[1.0, 2.0, 3.0], [0.5, 0.5, 8.0]])
+    doubt = np.array([4.0, 0.25])
+    together = 2 * np.log(np.exp(layers[:, :2] / 2).mean(1))
+    np.testing.assert_allclose(variants.earlier(layers), together)
+    density = (layers[:, 2] + together) / 2
+    rules = variants.RULES
+    expected = {
+        "the issue's rule": [8 + 3 + 1.5, 0.5 + 8 + 0.5],
+        "energy + density": doubt + density,
+        "energy + last + earlier": doubt + layers[:, 2] + together,
+        "plain sum": [10, 9.25],
+        "maximum": [4, 8],
+    }
+    for start, want in expected.items():
+        (rule,) = (rule for name, rule in rules.items() if name.startswith(start))
+        np.testing.assert_allclose(rule(layers, doubt), want)
+
+
+def test_tokens_are_judged_one_by_one(detection):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=40, **sizes)).eval()
+    case = small_sequences(detection.sets)
+    fit, test = torch.randint(0, 11, (130, 9)), torch.randint(0, 11, (20, 9))
+    new = {"model": model, "logits": "lm_head", "features": "model.norm", "fit": fit, "test": test}
+    new["out"] = {"other": torch.randint(20, 40, (15, 9))}
+    for name, value in new.items():
+        object.__setattr__(case, name, value)
+    found = detection.detector.judge_tokens(case)
+    assert list(found) == ["last layer", "mean over layers", "combined"]
+    for name, scores in found.items():
+        assert {where: x.shape for where, x in scores.items()} == {"test": (160,), "other": (120,)}
+        assert detection.metrics.auroc(scores["test"], scores["other"]) > 0.9, name
+    settings = detection.variants.noesis.Codebook(positions="each")
+    with detection.detector.calibrated(case, settings, fit) as wrapped, torch.no_grad():
+        wrapped(case.out["other"])
+        layers = wrapped.surprise().layers
+        layers = [layers[name].positions[:, :-1].ravel() for name in wrapped.calibration.counted]
+    np.testing.assert_allclose(found["last layer"]["other"], layers[-1], rtol=1e-4)
+    np.testing.assert_allclose(found["mean over layers"]["other"], np.mean(layers, 0), rtol=1e-4)
+    alone = detection.detector.judge(case, positions="each")
+    assert alone.scores["other"].shape == (15,)
+
+
+# ---------------------------------------------------------------- means
+
+
+def told(auroc: float, fpr95: float) -> dict:
+    figures = {"auroc": auroc, "fpr95": fpr95, "aupr": auroc}
+    return figures | {f"{name}_interval": [value - 1, value + 3] for name, value in figures.items()}
+
+
+def made(name: str, ours: list[list[float]], baseline: list[float], seed: int = 0) -> dict:
+    """A case whose out sets are one near and two far; FPR95 is 100 - AUROC."""
+
+    def run(values: list[float]) -> dict:
+        return {out: told(x, 100 - x) for out, x in zip(("near", "far1", "far2"), values, strict=True)}
+
+    figures = {"noesis": [run(values) for values in ours], "Energy": [run(baseline)], "other": [run([50.0] * 3)]}
+    return {"name": name, "seed": seed, "near": ["near"], "figures": figures}
+
+
+def test_the_summary_is_of_means(ood):
+    first = made("a", [[80, 90, 100], [82, 92, 100]], [70, 90, 80])
+    second = made("a", [[90, 100, 100]], [80, 100, 100], seed=1)
+    third = made("b", [[60, 98, 98]], [62, 96, 96])
+    del third["figures"]["other"]
+    found = ood.summary([first, second, third])
+    a = found["sets"]["a"]["noesis"]
+    assert a["outs"]["near"]["auroc"] == pytest.approx((81 + 90) / 2)  # runs first, then seeds
+    assert a["outs"]["near"]["auroc_interval"] == pytest.approx([84.5, 88.5])
+    assert a["auroc"] == pytest.approx((85.5 + 95.5 + 100) / 3)
+    assert a["near_auroc"] == pytest.approx(85.5)
+    assert a["far_auroc"] == pytest.approx(97.75)
+    assert a["far_fpr95"] == pytest.approx(2.25)
+    assert a["auroc_runs"] == pytest.approx([90, 274 / 3, 290 / 3])
+    assert list(found["overall"]) == ["noesis", "Energy"]  # the other one lacks a set
+    assert found["overall"]["noesis"]["auroc"] == pytest.approx(((85.5 + 95.5 + 100) / 3 + 256 / 3) / 2)
+    energy = found["overall"]["Energy"]["far_fpr95"]
+    assert energy == pytest.approx(((100 - 92.5) + 4) / 2)
+    target = found["target"]
+    assert target["auroc"]["best"] == "Energy"
+    assert target["auroc"]["met"] is True
+    assert target["far_fpr95"]["met"] is (found["overall"]["noesis"]["far_fpr95"] <= energy / 2)
+    assert {name: near["met"] for name, near in target["near"].items()} == {"a": True, "b": False}  # 2 points below
+
+
+# ---------------------------------------------------------------- speed
+
+
+def test_steps_with_codebooks_are_timed(detection):
+    pytest.importorskip("nervecode")
+    size = importlib.import_module("models").Size(batch=4, tokens=3, depth=1)
+    found = detection.speed.stepping(rounds=2, seconds=0.0, size=size)
+    variants = found["variants"]
+    assert list(variants) == ["bare", "statistics", "codebooks", "surprise", "nervecode", "nervecode surprise"]
+    assert found["layers"] == 2
+    assert all(variants[name]["seconds"] > 0 for name in variants)
+    assert "share_of_nervecode" in variants["codebooks"]
+    text = importlib.import_module("table").speed_tables({"stepping": found})
+    assert text.count("\n") == 7
+    assert f"| stepping | surprise | {variants['surprise']['seconds'] * 1e3:.1f} ms" in text or "µs" in text
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_calibrating_is_timed_against_the_forwards(detection, data):
+    found = detection.speed.calibrating(rounds=1, data=data)
+    assert found["inputs"] == 3000
+    assert found["variants"]["calibrate"]["ratio"] > 0.8
