@@ -146,7 +146,7 @@ def mean(values: list[Any]) -> Any:
 
 
 def target(sets: Found, overall: Found) -> Found:
-    """Whether noesis is ahead of every baseline, as the issue asks."""
+    """Whether noesis is ahead of every baseline, by what NOTES expected."""
     ours, baselines = overall[OURS], {name: told for name, told in overall.items() if not name.startswith(OURS)}
     best = max(baselines, key=lambda name: baselines[name]["auroc"])
     fewest = min(baselines, key=lambda name: baselines[name]["far_fpr95"])

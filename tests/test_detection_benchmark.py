@@ -494,7 +494,7 @@ def test_the_rules_of_the_ablations(detection):
     density = (layers[:, 2] + together) / 2
     rules = variants.RULES
     expected = {
-        "the issue's rule": [8 + 3 + 1.5, 0.5 + 8 + 0.5],
+        "2 energy + last": [8 + 3 + 1.5, 0.5 + 8 + 0.5],
         "energy + density": doubt + density,
         "energy + last + earlier": doubt + layers[:, 2] + together,
         "plain sum": [10, 9.25],

@@ -161,7 +161,7 @@ def frozen_rule(layers: Floats, doubt: Floats | None) -> Floats:
     return combine(layers, None) + doubt
 
 
-def issue_rule(layers: Floats, doubt: Floats | None) -> Floats:
+def pilot_rule(layers: Floats, doubt: Floats | None) -> Floats:
     """Twice the energy, the last, and the plain mean over the earlier."""
     return 2 * doubt + layers[:, -1] + layers[:, :-1].mean(1)
 
@@ -172,7 +172,7 @@ def every(layers: Floats, doubt: Floats | None) -> Floats:
 
 
 RULES: dict[str, Rule] = {
-    "the issue's rule: 2 energy + last + mean of earlier": issue_rule,
+    "2 energy + last + mean of earlier": pilot_rule,
     "energy + density, without the floor of density / 4": frozen_rule,
     "energy + last + earlier": lambda layers, doubt: doubt + layers[:, -1] + earlier(layers),
     "energy + last": lambda layers, doubt: doubt + layers[:, -1],
