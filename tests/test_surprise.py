@@ -405,6 +405,12 @@ def test_a_coding_loss_may_shape_the_model(net: Net) -> None:
     assert net.conv.weight.grad is not None
     assert net.conv.weight.grad.abs().sum() > 0
     assert net.conv.weight.grad.isfinite().all()
+    with pytest.raises(NoesisError, match="conv left no vectors that gradients flow through"):
+        wrapped.coding_loss()  # of the same forward again
+    with torch.no_grad():
+        wrapped(normal(16))
+    with pytest.raises(NoesisError, match="a forward in eager code, with gradients"):
+        wrapped.coding_loss()
 
 
 def test_codebooks_that_do_not_learn_say_so(wrapped: noesis.Wrapped) -> None:
@@ -487,6 +493,15 @@ def test_layers_that_run_twice_are_averaged() -> None:
     wrapped.calibrate([torch.randn(200, 4)], progress=False)
     wrapped(torch.randn(3, 4))
     assert len(wrapped.surprise()) == 3
+
+
+def test_a_number_per_sample_is_a_vector_too() -> None:
+    model = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
+    wrapped = noesis.wrap(model, layers="1", codebook=noesis.Codebook())
+    wrapped.calibrate([torch.randn(200, 4)], progress=False)
+    wrapped(torch.cat([torch.randn(3, 4), 100 * torch.ones(1, 4)]))
+    assert wrapped.codebooks["1"].channels == 1
+    assert len(wrapped.surprise()) == 4
 
 
 def test_outputs_without_the_batch_in_front_are_named() -> None:

@@ -394,7 +394,11 @@ class Coder:
     # ------------------------------------------------------------ learning
 
     def loss(self, forwards: int) -> Tensor:
-        """The mean code length per dimension over layers and samples of the latest forward."""
+        """The mean code length per dimension over layers and samples of the latest forward.
+
+        Raises:
+            NoesisError: for codebooks that do not learn, or a forward that left nothing to learn from.
+        """
         if not self.settings.learn:
             raise WrongState(
                 "These codebooks are fitted by calibrate, and learn nothing",
@@ -406,6 +410,12 @@ class Coder:
         losses = []
         for name, found in kept.items():
             live, self.channels[name].live = self.channels[name].live, None
+            if live is None and not self.settings.detach:
+                raise WrongState(
+                    f"{name} left no vectors that gradients flow through",
+                    "with detach=False, a forward in eager code, with gradients, and one coding_loss() for it",
+                    "Pass Codebook(detach=True), or leave the model uncompiled",
+                )
             # A copy, since the next forward writes over what autograd would still need.
             vectors = found.vectors.clone() if live is None else live
             losses.append(self.books[name].loss(vectors).to(self.device))

@@ -64,9 +64,7 @@ def pooled(x: Tensor, samples: int, channel: int, spread: bool, mask: Tensor | N
 
 def by_position(x: Tensor, samples: int, channel: int) -> Tensor:
     """An output as [samples, positions, channels], without a copy where strides allow."""
-    if x.dim() == 1:
-        x = x[:, None]
-    x = x.movedim(channel, -1)
+    x = x[:, None] if x.dim() == 1 else x.movedim(channel, -1)
     return x.reshape(samples, -1, x.shape[-1])
 
 
