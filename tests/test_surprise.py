@@ -457,6 +457,16 @@ def test_copies_have_scores_of_their_own(wrapped: noesis.Wrapped, how: str) -> N
     np.testing.assert_array_equal(wrapped.surprise().score, expected)
 
 
+def test_an_average_of_the_model_has_scores_of_its_own(wrapped: noesis.Wrapped, net: Net) -> None:
+    wrapped(normal(3, seed=1))
+    expected = wrapped.surprise().score
+    averaged = torch.optim.swa_utils.AveragedModel(net)
+    averaged.update_parameters(net)
+    averaged(50 * normal(4, seed=2))
+    np.testing.assert_array_equal(wrapped.surprise().score, expected)
+    assert list(averaged.module.state_dict()) == list(net.state_dict())
+
+
 def test_compiled_code_keeps_the_same_vectors(wrapped: noesis.Wrapped, net: Net) -> None:
     torch.compiler.reset()
     frames = torch._dynamo.utils.counters["stats"]
