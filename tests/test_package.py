@@ -21,12 +21,15 @@ PACKAGE = ROOT / "src" / "noesis"
 
 PUBLIC = [
     "Activations",
+    "Alarm",
+    "Alarms",
     "Calibration",
     "Codebook",
     "Comparison",
     "Divergence",
     "DriftMonitor",
     "NoesisError",
+    "NoesisWarning",
     "Observed",
     "Routes",
     "Soulprint",

@@ -12,6 +12,7 @@ from loguru import logger as _logger
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .alarms import Alarm, Alarms, NoesisWarning
     from .calibration import Calibration
     from .capture import Activations, capture
     from .codebook import Codebook
@@ -30,12 +31,15 @@ _logger.disable("noesis")  # a library is quiet; `logger.enable("noesis")` lets 
 
 __all__ = [
     "Activations",
+    "Alarm",
+    "Alarms",
     "Calibration",
     "Codebook",
     "Comparison",
     "Divergence",
     "DriftMonitor",
     "NoesisError",
+    "NoesisWarning",
     "Observed",
     "Routes",
     "Soulprint",
@@ -53,12 +57,15 @@ __all__ = [
 # Where each name lives. It is imported at first use, so that `noesis --help` does not wait for torch.
 _HOMES = {
     "Activations": "capture",
+    "Alarm": "alarms",
+    "Alarms": "alarms",
     "Calibration": "calibration",
     "Codebook": "codebook",
     "Comparison": "comparison",
     "Divergence": "comparison",
     "DriftMonitor": "drift",
     "NoesisError": "errors",
+    "NoesisWarning": "alarms",
     "Observed": "observing",
     "Routes": "routes",
     "Soulprint": "soulprint",

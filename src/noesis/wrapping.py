@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -520,6 +521,11 @@ at 0.0099; 2 layers and the logits)
 
     # ------------------------------------------------------------ being the model
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """The model's class: the Trainer of transformers, say, reads from it what forward takes and how to save."""
+        return type(self.__dict__.get("model", self))  # a copy that is being made has no model yet
+
     @property
     def forward(self) -> Any:  # type: ignore[override]
         """The model's own, so that its signature shows."""
@@ -535,6 +541,8 @@ at 0.0099; 2 layers and the logits)
         return getattr(self.__dict__["model"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, MethodType) and value.__self__ is self:  # accelerate binds its autocast like this
+            value = MethodType(value.__func__, self.model)
         if name == "every":
             object.__setattr__(self, name, value)
         else:
@@ -542,6 +550,9 @@ at 0.0099; 2 layers and the logits)
 
     def __delattr__(self, name: str) -> None:
         delattr(self.model, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty, (), self.__dict__  # not by `__class__`, which is the model's
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -553,6 +564,10 @@ at 0.0099; 2 layers and the logits)
         observed, total = len(self._recorder.names), sum(1 for _ in self._root.modules())
         name = type(self._root).__name__
         return f"Wrapped({name}: {observed} of {total} modules observed, {_few(self._recorder.names)})"
+
+
+def _empty() -> Wrapped:
+    return object.__new__(Wrapped)
 
 
 def _delegate(name: str) -> Callable[..., Any]:
