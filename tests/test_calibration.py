@@ -57,7 +57,9 @@ def test_false_alarms_are_as_many_as_promised_over_200_seeds(by_class):
         calibration = made.calibrate({k: Collected(v) for k, v in layers.items()}, logits, None, by_class)
         fresh = judged(made, *inputs(generator, 300))
         realised.append((fresh.p_value[:, None] <= alphas).mean(0))
-        sizes = [len(calibration.scores)] if not calibration.classes else [len(c) for c in calibration.classes.values()]
+        sizes = [len(calibration.scores)]
+        if calibration.classes:
+            sizes = [len(scores) for label, scores in calibration.classes.items() if label >= 0]
         possible.append(np.mean([np.floor(alphas * (n + 1)) / (n + 1) for n in sizes], 0))
     realised, expected = np.array(realised), np.mean(possible, 0)
     error = realised.std(0) / math.sqrt(len(realised))
@@ -161,6 +163,23 @@ def test_classes_have_p_values_of_their_own():
     predicted = np.array([0] * 30 + [1] * 8 + [2] * 25)
     scores = np.where(predicted == 2, 100.0, 0.0) + np.arange(63)
     calibration.settle(scores, predicted)
-    assert sorted(calibration.classes or {}) == [0, 2]
+    assert sorted(calibration.classes or {}) == [-1, 0, 2]
     found = calibration.p_value(np.array([50.0, 50.0, 50.0]), np.array([0, 1, 2]))
-    np.testing.assert_allclose(found, [1 / 31, 26 / 64, 1.0])
+    np.testing.assert_allclose(found, [1 / 31, 1 / 9, 1.0])
+
+
+def test_rare_classes_share_what_the_others_have_not_spent():
+    generator = np.random.default_rng(0)
+
+    def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
+        rare = generator.random(count) < 0.3
+        label = np.where(rare, 10 + generator.integers(0, 60, count), generator.integers(0, 10, count))
+        return generator.normal(size=count) + 2 * rare, label
+
+    realised = []
+    for _ in range(200):
+        calibration = Calibration(["a"], {}, None, (1, 1, 1))
+        calibration.settle(*draw(500))
+        scores, labels = draw(2000)
+        realised.append([(calibration.p_value(scores, labels) <= alpha).mean() for alpha in (0.01, 0.05, 0.1)])
+    assert (np.mean(realised, 0) <= [0.011, 0.052, 0.103]).all()

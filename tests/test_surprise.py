@@ -251,13 +251,105 @@ def test_classes_have_p_values_of_their_own(net: Net) -> None:
         net.head.bias.copy_(torch.tensor([0.0, 0.0, -100.0]))
     wrapped = noesis.wrap(net, layers=LAYERS, codebook=noesis.Codebook(), logits="head")
     calibration = wrapped.calibrate([normal(900)], by_class=True, progress=False)
-    assert set(calibration.classes or {}) <= {0, 1}
+    assert set(calibration.classes or {}) <= {-1, 0, 1}
     assert calibration.classes
     wrapped(normal(400, seed=9))
     assert (wrapped.surprise().p_value <= 0.1).mean() == pytest.approx(0.1, abs=0.06)
     unaware = noesis.wrap(Net(), layers=LAYERS, codebook=noesis.Codebook())
     with pytest.raises(NoesisError, match="by_class=True without logits"):
         unaware.calibrate([normal(200)], by_class=True)
+
+
+def test_a_forward_before_calibration_is_no_part_of_it(net: Net) -> None:
+    scores = []
+    for before in (False, True):
+        wrapped = noesis.wrap(copy.deepcopy(net), layers=LAYERS, codebook=noesis.Codebook(), logits="head")
+        if before:
+            wrapped(100 + torch.zeros(64, 1, 8, 8))
+        scores.append(wrapped.calibrate(list(normal(300).split(64)), progress=False).scores)
+    np.testing.assert_array_equal(*scores)
+
+
+def test_each_batch_is_one_forward(net: Net) -> None:
+    wrapped = noesis.wrap(net, layers=LAYERS, codebook=noesis.Codebook())
+    for forward in (lambda model, batch: None, lambda model, batch: [model(part) for part in batch.split(20)]):
+        with pytest.raises(NoesisError, match="one forward of the whole batch"):
+            wrapped.calibrate(list(normal(200).split(40)), forward=forward, progress=False)
+
+
+def test_logits_that_do_not_come_are_an_error(net: Net) -> None:
+    wrapped = noesis.wrap(net, layers=LAYERS, codebook=noesis.Codebook(), logits=lambda output: output["logits"])
+    with pytest.raises(NoesisError, match=r"logits of 0 of 200 samples: (IndexError|TypeError)"):
+        wrapped.calibrate([normal(200)], progress=False)
+
+
+def test_a_layer_left_out_of_the_calibration_does_not_matter_later(net: Net) -> None:
+    wrapped = noesis.wrap(net, layers=LAYERS, codebook=noesis.Codebook())
+    wrapped.calibrate([normal(200)], forward=lambda model, batch: model(batch, shallow=True), progress=False)
+    wrapped(normal(3))
+    assert list(wrapped.surprise().layers) == ["conv"]
+
+
+def test_learning_on_makes_the_calibration_void(net: Net) -> None:
+    wrapped = noesis.wrap(net, layers=LAYERS, codebook=noesis.Codebook(size=8, dim=4, learn="gradient"))
+    wrapped(normal(64))
+    wrapped.coding_loss()
+    wrapped.calibrate([normal(200)], progress=False)
+    wrapped(normal(3))
+    assert len(wrapped.surprise().p_value) == 3
+    wrapped.coding_loss()
+    with pytest.raises(NoesisError, match="calibrate"):
+        _ = wrapped.surprise().p_value
+
+
+def test_autocast_and_inference_mode_around_reading_change_nothing(net: Net) -> None:
+    wrapped = noesis.wrap(net, layers=LAYERS, codebook=noesis.Codebook(size=8, dim=4, learn="ema"))
+    with torch.inference_mode():
+        wrapped(normal(64))
+        wrapped.surprise()
+    wrapped(normal(64))
+    expected = wrapped.surprise().score
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(wrapped.surprise().score, expected)
+        assert wrapped.coding_loss().dtype == torch.float32
+
+
+def test_what_the_head_is_given_never_stops_the_model() -> None:
+    class Prefixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.fc = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, prefix, x):
+            return self.fc(self.a(torch.cat([prefix, x])))
+
+    wrapped = noesis.wrap(Prefixed(), layers="a", codebook=noesis.Codebook(), logits="fc")
+    assert wrapped(torch.zeros(0, 4), torch.randn(3, 4)).shape == (3, 3)
+
+
+def test_batches_inside_arguments() -> None:
+    class Dicts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 8)
+
+        def forward(self, batch):
+            return self.a(batch["x"])
+
+    wrapped = noesis.wrap(Dicts(), layers="a", codebook=noesis.Codebook())
+    wrapped.calibrate([{"x": torch.randn(200, 4)}], forward=lambda model, batch: model(batch), progress=False)
+    wrapped({"x": torch.randn(7, 4)})
+    assert len(wrapped.surprise()) == 7
+
+
+def test_logits_of_pixels() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 1))
+    wrapped = noesis.wrap(model, layers="1", codebook=noesis.Codebook(), logits="2")
+    wrapped.calibrate([torch.randn(50, 3, 9, 7) for _ in range(4)], progress=False)
+    x = torch.randn(3, 3, 9, 7)
+    output = wrapped(x)
+    energy = -torch.logsumexp(output, 1).mean((1, 2)).detach().numpy()
+    np.testing.assert_allclose(wrapped.surprise().doubt, energy, rtol=1e-5)
 
 
 def test_an_interruption_changes_nothing(wrapped: noesis.Wrapped, net: Net) -> None:

@@ -104,12 +104,20 @@ class Ambiguity:
 def _soft(
     book: LayerCodebook, vectors: Tensor, temperature: float, length: float, entropy: float, distance: float
 ) -> SoftCode:
-    unit, _ = directions(vectors.to(book.centre.device))
+    vectors = vectors.to(book.centre.device)
+    with torch.autocast(vectors.device.type, enabled=False):
+        return _soft_in_float32(book, vectors, temperature, length, entropy, distance)
+
+
+def _soft_in_float32(
+    book: LayerCodebook, vectors: Tensor, temperature: float, length: float, entropy: float, distance: float
+) -> SoftCode:
+    unit, _ = directions(vectors)
     points = (unit - book.centre) @ book.projection @ book.whiten
     squared = torch.cdist(points, book.codes @ book.whiten).square()
     log_q = torch.log_softmax(-squared / temperature, 1)
     best = -log_q.amax(1)
     spread = -(log_q.exp() * log_q).nan_to_num(nan=0.0).sum(1)
-    nearest = torch.log1p(code_reference(vectors.to(book.centre.device), book.book()).distance)
+    nearest = torch.log1p(code_reference(vectors, book.book()).distance)
     whole = length * best + entropy * spread + distance * nearest
     return SoftCode(*(part.double().cpu().numpy() for part in (log_q.exp(), best, spread, nearest, whole)))

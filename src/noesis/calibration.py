@@ -29,8 +29,12 @@ FIT, RANK = 2 / 3, 1 / 6
 LEAST = 120
 #: Past the 95th percentile a rank no longer tells how far: the tail goes on exponentially, from ten points at least.
 TAIL, TAIL_POINTS = 0.05, 10
+#: Scores closer than this, of their size, are the same: two batch sizes round differently.
+LEAST_SCALE = 1e-3
 #: More confident than all but this share of the calibration samples is strange too.
 OVERCONFIDENT = 0.01
+#: The classes that have not, together. Ranked among all samples, they would be given what the others have spent.
+OTHERS = -1
 #: A class needs as many samples of its own for p-values of its own.
 LEAST_OF_CLASS = 20
 
@@ -54,7 +58,7 @@ class Ranks:
         start = float(np.quantile(finite, 1 - share)) if len(finite) else 0.0
         excess = finite[finite > start] - start
         scale = float(excess.mean()) if len(excess) else 0.0
-        return cls(ordered, start, share, max(scale, 1e-9 * (1 + abs(start))), usual)
+        return cls(ordered, start, share, max(scale, LEAST_SCALE * (1 + abs(start))), usual)
 
     def p_value(self, scores: Floats) -> Floats:
         """Share of the calibration scores, and of the new one itself, that are at least as large."""
@@ -142,7 +146,8 @@ class Calibration:
         counted: those whose surprisals make the score; without the block that the head reads, if its input is there.
         samples: how many there were to fit the codes, to rank the layers, and for the p-values.
         scores: float64, sorted: the combined scores behind the p-values.
-        classes: with `by_class=True`, the sorted scores of each predicted class that has enough.
+        classes: with `by_class=True`, the sorted scores of each predicted class that has enough; the others together
+            are class -1.
     """
 
     layers: list[str]
@@ -167,10 +172,11 @@ class Calibration:
 
     def p_value(self, scores: Floats, predicted: Ints | None = None) -> Floats:
         """Conformal p-values [N] of combined scores; with classes, among those predicted alike."""
-        p = p_values(self.scores, scores)
-        if self.classes is not None and predicted is not None:
-            for label, own in self.classes.items():
-                p = np.where(predicted == label, p_values(own, scores), p)
+        if self.classes is None or predicted is None:
+            return p_values(self.scores, scores)
+        p = p_values(self.classes[OTHERS], scores)
+        for label, own in self.classes.items():
+            p = np.where(predicted == label, p_values(own, scores), p)
         return p
 
     def settle(self, scores: Floats, predicted: Ints | None) -> None:
@@ -189,12 +195,16 @@ class Calibration:
                     f"a class with at least {LEAST_OF_CLASS}",
                     f"Pass more normal inputs, about {6 * LEAST_OF_CLASS} for each class",
                 )
-            self.classes = {int(label): np.sort(scores[predicted == label]) for label in enough}
+            self.classes = {int(label): np.sort(no_nan(scores[predicted == label])) for label in enough}
+            self.classes[OTHERS] = np.sort(no_nan(scores[~np.isin(predicted, enough)]))
 
     def __repr__(self) -> str:
         fit, rank, last = self.samples
         logits = " and the logits" if self.doubt is not None else ""
-        classes = "" if self.classes is None else f", {len(self.classes)} classes with p-values of their own"
+        classes = ""
+        if self.classes is not None:
+            number = len(self.classes) - 1
+            classes = f", {number} {'class' if number == 1 else 'classes'} with p-values of their own"
         return (
             f"Calibration({sum(self.samples)} samples: {fit} fitted the codes, {rank} rank the layers, {last} give the "
             f"p-values, which start at {1 / (last + 1):.2g}; {counted(len(self.layers), 'layer')}{logits}{classes})"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from . import files
-from .calibration import Calibration, Doubt, Ranks
+from .calibration import OTHERS, Calibration, Doubt, Ranks
 from .codebook import LayerCodebook
 from .coder import Coder
 from .errors import BadFile, BadValue, WrongState
@@ -22,6 +22,11 @@ SETTINGS = ("size", "dim", "positions", "mask")
 
 def save_calibration(coder: Coder, path: files.PathLike) -> Path:
     """Write what `calibrate` learned, with the layers and widths it belongs to."""
+    return files.save_tensors(path, KIND, *written_calibration(coder))
+
+
+def written_calibration(coder: Coder) -> tuple[files.Arrays, dict[str, Any]]:
+    """The arrays and the header of a calibration's file."""
     calibration = coder.calibration
     if calibration is None:
         raise WrongState("There is no calibration to save", "a calibrated model", "Call wrapped.calibrate(loader)")
@@ -43,34 +48,48 @@ def save_calibration(coder: Coder, path: files.PathLike) -> Path:
         "classes": None if calibration.classes is None else sorted(calibration.classes),
         "settings": {name: getattr(coder.settings, name) for name in SETTINGS},
     }
-    return files.save_tensors(path, KIND, arrays, header)
+    return arrays, header
 
 
 def load_calibration(coder: Coder, path: files.PathLike) -> Calibration:
     """Take what a file holds, if it is of these layers."""
     arrays, header = files.load_tensors(path, KIND)
     try:
-        calibration, books = _read(coder, arrays, header)
-    except (KeyError, ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
+        calibration, books = read_calibration(coder, arrays, header)
+    except (KeyError, ValueError, TypeError, IndexError, RuntimeError, AttributeError, OverflowError) as error:
         raise BadFile(f"{path} is broken: {error!r}", "a file that save_calibration wrote", "Calibrate again") from None
     _check(coder, calibration, books, header)
     coder.adopt(books, calibration)
     return calibration
 
 
-def _read(coder: Coder, arrays: files.Arrays, header: dict[str, Any]) -> tuple[Calibration, dict[str, LayerCodebook]]:
-    names = [str(name) for name in header["layers"]]
+def read_calibration(
+    coder: Coder, arrays: files.Arrays, header: dict[str, Any]
+) -> tuple[Calibration, dict[str, LayerCodebook]]:
+    """Calibration and codebooks from a file's arrays and header."""
+    names, counted = _names(header["layers"]), _names(header["counted"])
+    if not set(counted) <= set(names) or not isinstance(header["settings"], dict):
+        raise ValueError("layers that count and are not there, or no settings")
     fit, rank, last = (int(number) for number in header["samples"])
+    if min(fit, rank, last) < 1 or last != len(arrays["scores"]):
+        raise ValueError(f"samples {header['samples']}")
     books = {}
     for index, name in enumerate(names):
         book = LayerCodebook(coder.settings, torch.device("cpu"))
         parts = {part: np.ascontiguousarray(arrays[f"{index}.{part}"], np.float32) for part in PARTS}
+        parts.update({part: parts[part].reshape(()) for part in ("constant", "residual")})
         channels, dim = parts["projection"].shape
-        size = len(parts["log_weights"])
-        shapes = {"codes": (size, dim), "centre": (channels,), "whiten": (dim, dim), "norm": (2,), "counts": (size,)}
+        size = len(parts["codes"])
+        shapes: dict[str, tuple[int, ...]] = {
+            "codes": (size, dim), "centre": (channels,), "whiten": (dim, dim), "log_weights": (size,), "constant": (),
+            "residual": (), "norm": (2,), "counts": (size,),
+        }  # fmt: skip
         wrong = [part for part, shape in shapes.items() if parts[part].shape != shape]
-        if wrong:
-            raise ValueError(f"{wrong[0]} of {name} has shape {parts[wrong[0]].shape}")
+        wrong += [part for part in PARTS if part != "residual" and not np.isfinite(parts[part]).all()]
+        if wrong or min(size, dim) < 1:
+            raise ValueError(f"{(wrong or ['codes'])[0]} of {name} is not what it has to be")
+        if not (parts["residual"] > 0).all() or not parts["norm"][1] > 0:
+            raise ValueError(f"a variance of {name} is not positive")
         book.restore(parts)
         books[name] = book
     classes = header["classes"]
@@ -81,9 +100,19 @@ def _read(coder: Coder, arrays: files.Arrays, header: dict[str, Any]) -> tuple[C
         (fit, rank, last),
         _sorted(arrays["scores"]),
         None if classes is None else {int(label): _sorted(arrays[f"class.{label}"]) for label in classes},
-        [names[names.index(name)] for name in header["counted"]],
+        counted,
     )
+    if classes is not None and OTHERS not in classes:
+        raise ValueError("classes without the others")
     return calibration, books
+
+
+def _names(given: Any) -> list[str]:
+    if not isinstance(given, list) or not given or not all(isinstance(name, str) for name in given):
+        raise TypeError(f"names {given!r}"[:200])
+    if len(set(given)) < len(given):
+        raise ValueError("a name twice")
+    return list(given)
 
 
 def _check(coder: Coder, calibration: Calibration, books: dict[str, LayerCodebook], header: dict[str, Any]) -> None:
@@ -119,13 +148,13 @@ def _of_ranks(prefix: str, ranks: Ranks) -> files.Arrays:
 
 def _to_ranks(prefix: str, arrays: files.Arrays) -> Ranks:
     start, share, scale, mixture, residual, norm = (float(value) for value in arrays[f"{prefix}.tail"])
-    if not (0 < share <= 1 and scale > 0):
+    if not (0 < share <= 1 and 0 < scale < np.inf and np.isfinite([start, mixture, residual, norm]).all()):
         raise ValueError(f"a tail of {share} with scale {scale}")
     return Ranks(_sorted(arrays[f"{prefix}.scores"]), start, share, scale, (mixture, residual, norm))
 
 
 def _sorted(scores: Any) -> Any:
     array = np.asarray(scores, np.float64)
-    if array.ndim != 1 or not len(array) or (np.diff(array) < 0).any() or np.isnan(array).any():
+    if array.ndim != 1 or not len(array) or (array[1:] < array[:-1]).any() or np.isnan(array).any():
         raise ValueError("scores that are not in order")
     return array

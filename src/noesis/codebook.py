@@ -19,7 +19,7 @@ from .kernels.coding import SHORTEST, Book, Coded, code, code_reference, directi
 Floats = NDArray[np.float64]
 
 #: A variance is at least this, of directions whose length is one.
-TINY = 1e-12
+TINY = 1e-9
 #: Share of the mean variance that running estimates give to every direction, which small batches may never span.
 RIDGE = 1e-3
 #: What is left of a vector in a code's count 1 / (1 - decay) losses later.
@@ -75,8 +75,10 @@ class Codebook:
             value = getattr(self, name)
             if value not in known:
                 raise BadValue(f"Codebook({name}={value!r})", f"one of {known}", "Leave it out for the first")
-        if not 0 <= self.decay < 1:
-            raise BadValue(f"Codebook(decay={self.decay})", "from 0 up to 1, without 1", "Pass decay=0.99")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise BadValue(f"Codebook(seed={self.seed!r})", "an integer from 0", "Leave it out for 0")
+        if not isinstance(self.decay, (int, float)) or not 0 <= self.decay < 1:
+            raise BadValue(f"Codebook(decay={self.decay!r})", "from 0 up to 1, without 1", "Pass decay=0.99")
         if self.positions == "each" and self.learn:
             raise BadValue(
                 'Codebook(positions="each") that learns', "fitted codes for each position", "Leave learn out"
@@ -117,7 +119,7 @@ class LayerCodebook(nn.Module):
         self.projection = learnt(requires_grad=bool(settings.learn), device=device)
         self.codes = learnt(requires_grad=learns, device=device)
         for name in ("centre", "whiten", "log_weights", "constant", "residual", "norm", "counts"):
-            self.register_buffer(name, torch.zeros(0, device=device))
+            self.register_buffer(name, torch.zeros(0, dtype=torch.float32, device=device))
 
     @property
     def ready(self) -> bool:
@@ -162,7 +164,8 @@ class LayerCodebook(nn.Module):
     @torch.no_grad()
     def code(self, vectors: Tensor) -> Coded:
         """The code lengths of vectors [N, channels], in nats."""
-        return code(vectors.to(self.centre.device), self.book())
+        with torch.autocast(self.centre.device.type, enabled=False):
+            return code(vectors.to(self.centre.device), self.book())
 
     # ------------------------------------------------------------ fitting
 
@@ -209,6 +212,8 @@ class LayerCodebook(nn.Module):
         centred = unit - centre
         self._describe(lengths, centred, centre, basis, codes, _nearest(centred @ basis, codes))
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _materialise(self, basis: Floats, codes: Floats) -> None:
         for parameter, values in ((self.projection, basis), (self.codes, codes)):
             if isinstance(parameter, UninitializedParameter):
@@ -248,16 +253,18 @@ class LayerCodebook(nn.Module):
             "norm": np.array([logs.mean(), max(logs.std(), LEAST_NORM_STD)]),
             "counts": counts.astype(np.float64),
         }
-        for name, array in values.items():
-            setattr(self, name, torch.from_numpy(array).to(getattr(self, name).device, torch.float32))
+        with torch.inference_mode(False):  # inference tensors could not be learned with later
+            for name, array in values.items():
+                setattr(self, name, torch.from_numpy(array).to(getattr(self, name).device, torch.float32))
 
     # ------------------------------------------------------------ learning
 
     def loss(self, vectors: Tensor) -> Tensor:
         """The mean code length per dimension of vectors [N, channels], which gradients flow through."""
         vectors = vectors.to(self.centre.device)
-        self._follow(vectors.detach().float())
-        mean: Tensor = code_reference(vectors, self.book()).total.mean() / self.codes.shape[1]
+        with torch.autocast(self.centre.device.type, enabled=False):
+            self._follow(vectors.detach().float())
+            mean: Tensor = code_reference(vectors, self.book()).total.mean() / self.codes.shape[1]
         return mean
 
     @torch.no_grad()
@@ -312,8 +319,9 @@ class LayerCodebook(nn.Module):
     def restore(self, arrays: dict[str, NDArray[Any]]) -> None:
         """Everything from `arrays()`."""
         self._materialise(arrays["projection"], arrays["codes"])
-        for name, _ in list(self.named_buffers()):
-            setattr(self, name, torch.from_numpy(arrays[name].copy()).to(self.centre.device))
+        with torch.inference_mode(False):
+            for name, _ in list(self.named_buffers()):
+                setattr(self, name, torch.from_numpy(arrays[name].copy()).to(self.centre.device))
 
 
 def shrunk(covariance: Floats, freedom: int) -> Floats:

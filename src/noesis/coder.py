@@ -15,7 +15,7 @@ from loguru import logger
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .calibration import Calibration, Doubt, Ranks, split
+from .calibration import Calibration, Doubt, Ranks, no_nan, split
 from .codebook import Codebook, LayerCodebook
 from .errors import WrongState
 from .kernels import pooling, stays, undisturbed
@@ -73,13 +73,14 @@ class Channel:
     def observe(self, x: Tensor, batch: int, control: Tensor) -> None:
         """Keep the vectors of an output, in eager code."""
         samples, settings = samples_of(x, batch), self.coder.settings
-        channel, mask = self.axis(x), self.coder.mask_of(x)
+        channel = self.axis(x)
+        mask = self.coder.mask_of(x, channel)
         buffer, stamp = self._room(samples, pooling.width(x, samples, channel, self.spread), x.device)
         self.order = self.coder.next_order()
         if settings.positions == "each":
             self.each = positions(x.detach(), samples, channel, mask)
-        if not settings.detach and settings.learn and torch.is_grad_enabled():
-            self.live = pooled(x, samples, channel, self.spread, mask)
+        grows = not settings.detach and settings.learn and torch.is_grad_enabled()
+        self.live = pooled(x, samples, channel, self.spread, mask) if grows else None
         keep = pooling.pool_cpu if x.device.type == "cpu" else pooling.pool_anywhere
         keep(x.detach(), samples, channel, self.spread, mask, buffer, stamp, control)
 
@@ -88,8 +89,9 @@ class Channel:
         if self.coder.settings.positions == "each":
             return  # a copy of all positions at a fixed place would cost what eager code gives back
         if self.buffer is not None and x.dim() > 0 and x.shape[0] % batch == 0:
-            mask = self.coder.mask_of(x)
-            torch.ops.noesis.pool(x.detach(), batch, self.axis(x), self.spread, mask, self.buffer, self.stamp, control)
+            channel = self.axis(x)
+            mask = self.coder.mask_of(x, channel)
+            torch.ops.noesis.pool(x.detach(), batch, channel, self.spread, mask, self.buffer, self.stamp, control)
 
     def axis(self, x: Tensor) -> int:
         """The axis of the channels: the second of images, the last of tokens, unless the widths say otherwise."""
@@ -107,9 +109,15 @@ class Channel:
             return buffer, stamp
         room = max(ROOM, 1 << (samples - 1).bit_length())
         with undisturbed(), torch.inference_mode(False):
-            self.buffer = buffer = stays(torch.zeros(room, width, device=device))
+            self.buffer = buffer = stays(torch.zeros(room, width, dtype=torch.float32, device=device))
             self.stamp = stamp = stays(torch.full((pooling.STAMP,), -1, dtype=torch.int64, device=device))
         return buffer, stamp
+
+    def drop(self, reason: str) -> None:
+        """Leave nothing of this forward, and say why."""
+        self.coder.uncoded[self.name] = reason
+        if self.stamp is not None:
+            self.stamp.fill_(-1)
 
     def kept(self, forwards: int) -> Kept | None:
         """What the latest forward left; None where the layer did not run in it."""
@@ -132,7 +140,7 @@ def samples_of(x: Tensor, batch: int) -> int:
         NoesisError: when its first dimension is not of the batch.
     """
     length = x.shape[0] if x.dim() else 0
-    if not length or length % batch:
+    if not batch or not length or length % batch:
         raise WrongState(
             f"an output of shape {tuple(x.shape)} in a forward of {batch} samples",
             "the samples along the first dimension, for surprise",
@@ -206,18 +214,21 @@ class Coder:
         self._order += 1
         return self._order
 
-    def mask_of(self, x: Tensor) -> Tensor | None:
+    def mask_of(self, x: Tensor, channel: int) -> Tensor | None:
         """The forward's mask, where the output has its tokens; in decoding, of the newest ones."""
         mask = self.mask
-        if mask is None or x.dim() != 3 or mask.shape[0] != x.shape[0] or mask.shape[1] < x.shape[1]:
+        if mask is None or x.dim() != 3 or mask.shape[0] != x.shape[0]:
             return None
-        return mask[:, mask.shape[1] - x.shape[1] :]
+        tokens = x.shape[2 if channel == 1 else 1]
+        return None if mask.shape[1] < tokens else mask[:, mask.shape[1] - tokens :].to(x.device)
 
     def doubt_of(self, logits: Tensor) -> Tensor:
         """How unsure logits are, and what they predict: [N, 2], or [N, tokens, 2].
 
         Unsure is minus the energy (Liu et al. 2020, 2010.03759), of a language model its mean over tokens.
         """
+        if logits.dim() > 3:  # of pixels: classes come second
+            logits = logits.movedim(1, -1).flatten(1, -2)
         energy = -torch.logsumexp(logits.float(), -1)
         predicted = logits.argmax(-1).to(energy.dtype)
         if logits.dim() > 2:  # tokens have no class together
@@ -245,6 +256,8 @@ class Coder:
     def surprise(self, forwards: int) -> Surprise:
         """The scores of the latest forward."""
         kept = self.kept(forwards)
+        if self.calibration is not None:
+            kept = {name: found for name, found in kept.items() if name in self.calibration.layers}
         self.ensure_codes(kept)
         doubt = None if self.doubt is None else self.doubt.kept(forwards)
         return self.judge(kept, None if doubt is None else doubt.vectors)
@@ -297,8 +310,8 @@ class Coder:
         }
         if not any(name in layers for name in calibration.counted):
             raise WrongState(
-                f"None of {', '.join(nats)} was calibrated",
-                f"a forward in which {calibration.layers[0]} runs",
+                "No layer ran that counts for the calibration",
+                f"a forward in which {calibration.counted[0]} runs",
                 "Calibrate with forwards of this kind",
             )
         doubt = predicted = surprisal = p = None
@@ -407,6 +420,9 @@ class Coder:
             )
         kept = self.kept(forwards)
         self.ensure_codes(kept)
+        if self.calibration is not None:
+            logger.info("the codes go on learning, so the calibration is forgotten")
+            self.calibration = None
         losses = []
         for name, found in kept.items():
             live, self.channels[name].live = self.channels[name].live, None
@@ -464,8 +480,8 @@ def _each(found: Coded, shape: torch.Size, counts: Tensor | None) -> LayerSurpri
     number = np.maximum(counted.sum(1), 1)
 
     def mean(part: Floats) -> Floats:
-        averaged: Floats = np.where(counted, part, 0.0).sum(1) / number
-        return averaged
+        averaged = np.where(counted, part, 0.0).sum(1) / number
+        return no_nan(np.where(counted.any(1), averaged, np.nan))
 
     nearest = found.nearest.cpu().numpy().reshape(shape)
     return LayerSurprise(mean(total), mean(mixture), mean(residual), mean(norm), nearest, positions=total)

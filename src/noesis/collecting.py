@@ -13,6 +13,7 @@ from loguru import logger
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .calibration import Calibration
 from .coder import MOST_POSITIONS, Coder, Collected, Kept
 from .errors import BadType, BadValue, WrongState
 from .recorder import Recorder
@@ -65,6 +66,12 @@ class Store:
             return
         self.length = max(self.length, int(places.max()) + 1)
         held = np.zeros((0, *rows.shape[1:]), rows.dtype) if self.array is None else self.array
+        if rows.ndim == 2 and rows.shape[1] != held.shape[1]:
+            raise BadValue(
+                f"Vectors of {held.shape[1]} and of {rows.shape[1]} numbers in one layer",
+                "outputs of one width",
+                "Leave the layer out, or pass inputs of one size",
+            )
         if rows.ndim > 2:
             longest = max(held.shape[1], rows.shape[1])
             held, rows = _longer(held, longest), _longer(rows, longest)
@@ -90,6 +97,7 @@ class Collection:
         self.counts: dict[str, Store] = {}
         self.ran: dict[str, int] = {}
         self.logits: Store | None = None
+        self.judged = 0  # samples with logits
         self.labels: Store | None = None
 
     @property
@@ -118,6 +126,7 @@ class Collection:
                 counts = torch.ones(found.each.shape[:2]) if found.counts is None else found.counts
                 self.counts.setdefault(name, Store()).put(places, counts[..., None].bool().cpu().numpy())
         if logits is not None and len(logits) == batch:
+            self.judged += batch
             self.logits = self.logits or Store()
             self.logits.put(places, logits.double().cpu().numpy())
         if labels is not None:
@@ -128,11 +137,16 @@ class Collection:
         """By layer in the order they run; layers that did not run for every sample are left out, by name.
 
         Raises:
-            NoesisError: when no layer is left.
+            NoesisError: when there are no samples, or no layer is left.
         """
+        if not self.seen:
+            raise BadValue(
+                "The loader is empty", "batches of normal inputs", "Check the loader; a generator runs only once"
+            )
         whole = [name for name, samples in self.ran.items() if samples == self.seen]
         reasons = {name: "not every forward ran it with every sample" for name in self.ran if name not in whole}
-        reasons.update(self.coder.uncoded)
+        reasons.update({name: "it never ran" for name in self.coder.channels if name not in self.ran})
+        reasons.update({name: why for name, why in self.coder.uncoded.items() if name in reasons})
         for name, reason in reasons.items():
             logger.warning("{} is left out of the calibration: {}", name, reason)
         if not whole:
@@ -142,6 +156,27 @@ class Collection:
                 "Choose others with layers=",
             )
         return {name: self._collected(name) for name in whole}
+
+    def fit(self, by_class: bool) -> Calibration:
+        """Calibrate on what was collected.
+
+        Raises:
+            NoesisError: when there are too few samples, or logits are to be seen and did not come with each.
+        """
+        vectors = self.vectors()
+        if self.coder.doubt is not None and self.judged != self.seen:
+            why = self.coder.uncoded.get(self.coder.doubt.name, "the module that gives them did not run")
+            raise WrongState(
+                f"There are logits of {self.judged} of {self.seen} samples: {why}",
+                "logits in every forward",
+                "Correct logits=, or leave it out",
+            )
+        return self.coder.calibrate(
+            vectors,
+            None if self.logits is None else self.logits.rows(),
+            None if self.labels is None else self.labels.rows(),
+            by_class,
+        )
 
     def _collected(self, name: str) -> Collected:
         counts = self.counts.get(name)
@@ -178,20 +213,22 @@ def collect(
     device = next((tensor.device for tensor in root.parameters()), torch.device("cpu"))
     with evaluating(root), torch.no_grad(), eager(), recorder.no_mark():
         for batch in bar(loader, progress):
-            moved = moved_to(batch, device)
+            before, moved = recorder.aside_forwards, moved_to(batch, device)
             if forward is not None:
                 forward(model, moved)
             else:
                 run(model, moved)
             forwards = recorder.aside_forwards
+            if forwards != before + 1:
+                raise BadValue(
+                    f"A batch for which the model ran {forwards - before} times",
+                    "one forward of the whole batch for each batch of the loader",
+                    "Leave batches out in the loader, and have forward= call the model once",
+                )
             kept = coder.kept(forwards)
             doubt = None if coder.doubt is None else coder.doubt.kept(forwards)
             known = labels_of(batch) if labels else None
             collection.add(kept, None if doubt is None else doubt.vectors, known)
-    if not collection.seen:
-        raise BadValue(
-            "The loader is empty", "batches of normal inputs", "Check the loader; a generator runs only once"
-        )
     return collection
 
 
@@ -223,7 +260,9 @@ def labels_of(batch: Any) -> NDArray[np.int64]:
         found = batch.get("labels", batch.get("label"))
     elif isinstance(batch, (tuple, list)) and len(batch) == 2:
         found = batch[1]
-    values = None if found is None else np.asarray(found.cpu() if isinstance(found, Tensor) else found)
+    if isinstance(found, Tensor):
+        found = found.cpu().float() if found.dtype == torch.bfloat16 else found.cpu()
+    values = None if found is None else np.asarray(found)
     if values is None or values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
         raise BadValue(
             "labels=True, and a batch "

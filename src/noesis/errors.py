@@ -66,6 +66,10 @@ class WrongState(NoesisError, RuntimeError):
     """The call is fine, but not now."""
 
 
+class TimedOut(NoesisError, TimeoutError):
+    """Others were waited for, and did not come."""
+
+
 def _restore(kind: type[NoesisError], message: str) -> NoesisError:
     error = kind.__new__(kind)
     Exception.__init__(error, message)

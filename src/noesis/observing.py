@@ -109,22 +109,24 @@ class Site:
         if self.doubt is not None:
             self.keep_doubt(output, self.doubt)
 
-    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def read(self, head: Channel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep what the module of the logits is given."""
         x = hidden_state((*args, *kwargs.values()))
-        if self.head is None or x is None:
-            return
         if torch.compiler.is_compiling():
-            self.recorder.keep(self.head, x)
+            if x is not None:
+                self.recorder.keep(head, x)
             return
-        reason = unmeasurable(x)
-        if reason is not None:
-            self.head.coder.uncoded[self.head.name] = reason
-        elif disturbed():
-            with undisturbed():
-                self.recorder.keep(self.head, x)
-        else:
-            self.recorder.keep(self.head, x)
+        try:
+            reason = "no floating tensor" if x is None else unmeasurable(x)
+            if reason is not None or x is None:
+                head.drop(f"{reason}, in what the module of the logits is given")
+            elif disturbed():
+                with undisturbed():
+                    self.recorder.keep(head, x)
+            else:
+                self.recorder.keep(head, x)
+        except Exception as error:  # whatever an argument may be, the model goes on
+            head.drop(f"{type(error).__name__}: {error}")
 
     def emit(self, output: Any) -> None:
         """`look` in compiled code, which sees shapes and layouts only: the data comes later.
@@ -145,7 +147,11 @@ class Site:
     def keep_doubt(self, output: Any, doubt: Channel) -> None:
         """Keep what the logits among an output say."""
         coder = doubt.coder
-        logits = hidden_state(output) if coder.logits is None else coder.logits(output)
+        try:
+            logits = hidden_state(output) if coder.logits is None else coder.logits(output)
+        except Exception as error:  # a callable that expects another output
+            doubt.drop(f"{type(error).__name__}: {error}")
+            return
         if torch.compiler.is_compiling():
             if isinstance(logits, Tensor) and logits.dim() > 1:
                 self.recorder.keep(doubt, coder.doubt_of(logits))
@@ -156,7 +162,7 @@ class Site:
         if reason is None and logits is not None:
             self.recorder.keep(doubt, coder.doubt_of(logits.detach()))
         else:
-            coder.uncoded[doubt.name] = f"{reason}, where logits were to be"
+            doubt.drop(f"{reason}, where logits were to be")
 
     def route(self, output: Any, router: Router) -> None:
         """Look at what a router chose."""
@@ -239,7 +245,7 @@ class Observed:
             if site.root:
                 site.begin(args, kwargs)
             if site.head is not None:
-                site.read(args, kwargs)
+                site.read(site.head, args, kwargs)
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
             if site.looks:
                 if compiling:

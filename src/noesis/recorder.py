@@ -308,7 +308,9 @@ class Recorder:
         try:
             channel.observe(x, self.batch, self._control(x.device))
         except NoesisError as error:
-            channel.coder.uncoded[channel.name] = str(error)
+            channel.drop(str(error))
+        except Exception as error:  # whatever an output may be, the model goes on
+            channel.drop(f"{type(error).__name__}: {error}")
 
     def _control(self, device: torch.device) -> Tensor:
         if self.aside is None:
@@ -386,6 +388,8 @@ class Recorder:
     def no_mark(self) -> Iterator[None]:
         """Forwards inside are no steps; their vectors are kept until the next one, and forgotten at the end."""
         before, self.aside, self.aside_forwards = self.aside, {}, 0
+        if self.coder is not None:
+            self.coder.forget()  # forwards are counted anew, and are none of those before
         try:
             yield
         finally:

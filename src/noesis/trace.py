@@ -418,10 +418,12 @@ def stats_of(unpacked: Floats, stats: tuple[str, ...]) -> Floats:
 def fields_of(values: Floats, stats: tuple[str, ...]) -> Floats:
     """Rows [..., FIELDS] from statistics [..., stats]; what is not in the statistics is 0."""
     unpacked = np.zeros((*values.shape[:-1], len(rows.FIELDS)))
+    count = values[..., stats.index("count")]
     for name in stats:
         if name in rows.FIELDS:
-            unpacked[..., rows.FIELDS.index(name)] = np.nan_to_num(values[..., stats.index(name)], nan=0.0)
-    count = unpacked[..., rows.COUNT]
+            column = values[..., stats.index(name)]
+            known = column if name in ("count", "nonfinite", "zeros") else np.where(count > 0, column, 0.0)
+            unpacked[..., rows.FIELDS.index(name)] = known
     with np.errstate(invalid="ignore"):
         shrink = np.sqrt(np.where(count > 1, count - 1, 0) / np.where(count > 0, count, 1))
     unpacked[..., rows.STD] *= shrink

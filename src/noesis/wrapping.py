@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from loguru import logger
@@ -22,7 +22,9 @@ from .calibration import Calibration
 from .calibration_files import load_calibration, save_calibration
 from .codebook import Codebook, LayerCodebook
 from .coder import Coder
-from .collecting import collect
+from .collecting import Collection, collect
+from .distributed import merge_over
+from .distributed_calibration import calibrate_over
 from .errors import BadType, BadValue, WrongState
 from .kernels import undisturbed
 from .kernels.stepping import FORWARDS
@@ -35,6 +37,9 @@ from .selecting import Layers, select
 from .soulprint import Soulprint
 from .surprise import Surprise
 from .trace import ALWAYS, OPTIONAL, Trace
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: Samples there is room for at first with `per_sample=True`; eager code makes more when a batch needs them.
 FIRST_SAMPLES = 8
@@ -242,13 +247,26 @@ class Wrapped(nn.Module):
         _check_numbers(every=every)
         self._recorder.set_every(every)
 
-    def trace(self) -> Trace:
-        """What happened since the run began: statistics per step and layer."""
+    def trace(self, *, group: ProcessGroup | None = None, timeout: float = 60.0) -> Trace:
+        """What happened since the run began: statistics per step and layer.
+
+        Args:
+            group: merge over the ranks of this process group, each of which has to make the same call; all get the
+                same trace, see `noesis.distributed.merge`. By default nothing is sent, and the trace is this
+                process' own; `torch.distributed.group.WORLD` is all ranks.
+            timeout: seconds to wait for the other ranks.
+
+        Raises:
+            NoesisError: when ranks do not come in time, by number.
+        """
         trace: Trace = self._recorder.trace()
         for name in trace.layers:
             if self._replaced(name):
                 trace.unmeasured[name] = "another module took its place after wrapping; unwrap and wrap again"
-        return trace
+        if group is None:
+            return trace
+        with undisturbed():
+            return merge_over(trace, group, timeout)
 
     def routes(self) -> Routes:
         """Where the routers of a Mixture-of-Experts model sent the run's tokens.
@@ -269,9 +287,9 @@ class Wrapped(nn.Module):
             return True
         return site is None or site.recorder is not self._recorder
 
-    def soulprint(self) -> Soulprint:
-        """The run as one vector; see `Trace.soulprint`."""
-        return self.trace().soulprint()
+    def soulprint(self, *, group: ProcessGroup | None = None, timeout: float = 60.0) -> Soulprint:
+        """The run as one vector; see `Trace.soulprint`, and `trace` for the arguments."""
+        return self.trace(group=group, timeout=timeout).soulprint()
 
     def forward_with_trace(self, *args: Any, **kwargs: Any) -> tuple[Any, Trace]:
         """Run the model once; returns its output and the trace of this call alone, with its scores if there are codes.
@@ -302,6 +320,8 @@ class Wrapped(nn.Module):
         *,
         by_class: bool = False,
         forward: Callable[[Any, Any], Any] | None = None,
+        group: ProcessGroup | None = None,
+        timeout: float = 600.0,
     ) -> Calibration:
         """Learn what normal inputs look like inside the model; `surprise()` then has p-values.
 
@@ -318,12 +338,16 @@ class Wrapped(nn.Module):
             by_class: give each predicted class p-values of its own (Mondrian conformal prediction, Vovk et al.
                 2003), where it has 20 samples among those for p-values. Needs `logits`.
             forward: called as `forward(model, batch)` for batches of any other kind.
+            group: calibrate on what all ranks of this process group load, each its own share; the first fits, and all
+                get the same. By default nothing is sent.
+            timeout: seconds to wait for the other ranks, once this one's loader is through.
 
         Returns:
             What was learned: how many samples were used for what, which layers.
 
         Raises:
-            NoesisError: without a codebook, with fewer than 120 samples, or for batches of an unknown kind.
+            NoesisError: without a codebook, with fewer than 120 samples, or for batches of an unknown kind; with a
+                group, on all ranks when any fails.
 
         Example:
             >>> import torch, noesis
@@ -336,18 +360,20 @@ at 0.0099; 2 layers and the logits)
         coder = self._coder()
         if by_class and coder.doubt is None:
             raise BadValue("by_class=True without logits", "a wrap that sees the logits", 'Pass wrap(..., logits="fc")')
-        with undisturbed():
-            collection = collect(
+
+        def collected() -> Collection:
+            return collect(
                 self.model, self._root, self._recorder, coder, loader, labels=labels, progress=progress, forward=forward
             )
-            made = coder.calibrate(
-                collection.vectors(),
-                None if collection.logits is None else collection.logits.rows(),
-                None if collection.labels is None else collection.labels.rows(),
-                by_class,
-            )
-        if collection.seen > sum(made.samples):
-            logger.info("{} of {} calibration samples were kept", sum(made.samples), collection.seen)
+
+        with undisturbed():
+            if group is None:
+                collection = collected()
+                made, seen = collection.fit(by_class), collection.seen
+            else:
+                made, seen = calibrate_over(coder, collected, by_class, group, timeout)
+        if seen > sum(made.samples):
+            logger.info("{} of {} calibration samples were kept", sum(made.samples), seen)
         logger.info("{}", made)
         return made
 

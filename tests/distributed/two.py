@@ -1,0 +1,179 @@
+"""One of two ranks that train in parallel, calibrate together, and fail; for tests to judge from what it writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import noesis
+from noesis import collecting
+
+
+def small() -> nn.Sequential:
+    """A model of two linear layers."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def batch(step: int, rank: int) -> Tensor:
+    """Of four samples on rank 0, of seven on rank 1."""
+    return torch.randn(4 + 3 * rank, 6, generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+def normal() -> list[Tensor]:
+    """What both ranks together calibrate on: six batches of 100."""
+    return list(torch.randn(600, 6, generator=torch.Generator().manual_seed(5)).split(100))
+
+
+def coded() -> noesis.Wrapped:
+    """A wrap with codebooks."""
+    return noesis.wrap(small(), layers=["0", "1"], codebook=noesis.Codebook(size=16), logits="2")
+
+
+def steps(model: nn.Module, rank: int, optimiser: torch.optim.Optimizer | None = None) -> nn.Module:
+    """Three of them, with gradients."""
+    for step in range(3):
+        model.zero_grad()
+        model(batch(step, rank)).square().mean().backward()
+        if optimiser is not None:
+            optimiser.step()
+    return model
+
+
+def error(call) -> str:
+    """What a call raises."""
+    try:
+        call()
+    except Exception as raised:
+        return f"{type(raised).__name__}: {raised}"
+    return "nothing"
+
+
+def data_parallel(rank: int, folder: Path) -> dict[str, bool]:
+    """DDP in three ways: around the model, around the container, and inside."""
+    bare = DistributedDataParallel(small())
+    steps(bare, rank, torch.optim.SGD(bare.parameters(), 0.1))
+    same = {}
+    for way in ("around the model", "around the container", "inside"):
+        model = small()
+        if way == "inside":
+            wrapped = noesis.wrap(DistributedDataParallel(model), layers="linear")
+            ours = wrapped.model
+        else:
+            wrapped = noesis.wrap(model, layers="linear")
+            ours = DistributedDataParallel(model if way == "around the model" else wrapped)
+        steps(ours, rank, torch.optim.SGD(model.parameters(), 0.1))
+        same[way] = all(
+            torch.equal(a, b) and torch.equal(a.grad, b.grad)
+            for a, b in zip(model.parameters(), bare.parameters(), strict=True)
+        )
+        wrapped.trace().save(folder / f"{way}.own{rank}.safetensors")
+        wrapped.trace(group=dist.group.WORLD).save(folder / f"{way}.{rank}.safetensors")
+    return same
+
+
+def sharded(rank: int, folder: Path) -> dict[str, bool]:
+    """FSDP2, sharded after wrapping and before."""
+    mesh = init_device_mesh("cpu", (2,))
+    bare = small()
+    for part in (bare[0], bare[2], bare):
+        fully_shard(part, mesh=mesh)
+    steps(bare, rank)
+    same = {}
+    for way in ("wrap, then shard", "shard, then wrap"):
+        model = small()
+        if way == "wrap, then shard":
+            wrapped = noesis.wrap(model, layers="linear")
+        for part in (model[0], model[2], model):
+            fully_shard(part, mesh=mesh)
+        if way == "shard, then wrap":
+            wrapped = noesis.wrap(model, layers="linear")
+        steps(wrapped, rank)
+        same[way] = all(
+            torch.equal(a.grad.to_local(), b.grad.to_local())
+            for a, b in zip(model.parameters(), bare.parameters(), strict=True)
+        )
+        wrapped.trace(group=dist.group.WORLD).save(folder / f"{way}.{rank}.safetensors")
+        wrapped.unwrap()
+    return same
+
+
+def tensor_parallel(folder: Path, rank: int) -> None:
+    """Megatron's way: split by columns, then by rows. What layers return is local, or a DTensor where asked for."""
+    mesh = init_device_mesh("cpu", (2,))
+    for way, local in (("local", True), ("dtensor", False)):
+        model = small()
+        plan = {"0": ColwiseParallel(use_local_output=local), "2": RowwiseParallel()}
+        wrapped = noesis.wrap(parallelize_module(model, mesh, plan), layers="linear")
+        with torch.no_grad():
+            wrapped(batch(0, 0))  # all of them get the same
+        wrapped.trace(group=dist.group.WORLD).save(folder / f"tensor parallel {way}.{rank}.safetensors")
+
+
+def calibration(rank: int, folder: Path) -> dict[str, object]:
+    """Four batches here and two there; nothing on rank 0; more than are kept; and a loader that breaks."""
+    world, told = dist.group.WORLD, {}
+    model = coded()
+    own = normal()[:4] if rank == 0 else normal()[4:]
+    told["shared"] = repr(model.calibrate(own, progress=False, group=world, timeout=20))
+    model.save_calibration(folder / f"shared.{rank}.safetensors")
+    model(batch(0, 0))
+    told["p"] = model.surprise().p_value.tolist()
+    model = coded()
+    told["one"] = repr(model.calibrate(normal() if rank else [], progress=False, group=world, timeout=20))
+    model.save_calibration(folder / f"one.{rank}.safetensors")
+    most, collecting.MOST_SAMPLES = collecting.MOST_SAMPLES, 240
+    told["chosen"] = repr(coded().calibrate(own, progress=False, group=world, timeout=20))
+    collecting.MOST_SAMPLES = most
+
+    def breaking() -> Iterator[Tensor]:
+        yield from normal()
+        if rank == 1:
+            raise ValueError("the disk is gone")
+
+    model = coded()
+    told["broken"] = error(lambda: model.calibrate(breaking(), progress=False, group=world, timeout=20))
+    told["few"] = error(lambda: model.calibrate([torch.randn(20, 6)], progress=False, group=world, timeout=20))
+    told["none"] = error(lambda: model.calibrate([], progress=False, group=world, timeout=20))
+    paired = [(part, torch.zeros(100, dtype=torch.long)) for part in normal()]
+    told["labels"] = error(lambda: model.calibrate(paired, labels=rank == 0, progress=False, group=world, timeout=20))
+    mixed = model.trace if rank else lambda **options: model.calibrate(normal(), progress=False, **options)
+    told["mixed"] = error(lambda: mixed(group=world, timeout=20))
+    told["untouched"] = model.calibration is None
+    if rank == 0:
+        told["alone"] = repr(model.calibrate(normal(), progress=False))
+    dist.barrier()
+    start = time.monotonic()
+    told["late"] = error(lambda: model.trace(group=world, timeout=1.0)) if rank == 0 else time.sleep(2)
+    told["seconds"] = time.monotonic() - start
+    told["too late"] = error(lambda: model.trace(group=world, timeout=1.0)) if rank == 1 else None
+    told["again"] = error(lambda: model.trace(group=world, timeout=20))
+    return told
+
+
+def main(folder: Path) -> None:
+    """All of it."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    told = {"ddp": data_parallel(rank, folder), "fsdp": sharded(rank, folder)}
+    tensor_parallel(folder, rank)
+    told |= calibration(rank, folder)
+    (folder / f"told.{rank}.json").write_text(json.dumps(told))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))
