@@ -71,26 +71,13 @@ def read_calibration(
     if not set(counted) <= set(names) or not isinstance(header["settings"], dict):
         raise ValueError("layers that count and are not there, or no settings")
     fit, rank, last = (int(number) for number in header["samples"])
-    if min(fit, rank, last) < 1 or last != len(arrays["scores"]):
-        raise ValueError(f"samples {header['samples']}")
+    scores = _sorted(arrays["scores"])
+    if min(fit, rank) < 1 or last != len(scores):
+        raise ValueError(f"{len(scores)} scores of {last} samples")
     books = {}
     for index, name in enumerate(names):
         book = LayerCodebook(coder.settings, torch.device("cpu"))
-        parts = {part: np.ascontiguousarray(arrays[f"{index}.{part}"], np.float32) for part in PARTS}
-        parts.update({part: parts[part].reshape(()) for part in ("constant", "residual")})
-        channels, dim = parts["projection"].shape
-        size = len(parts["codes"])
-        shapes: dict[str, tuple[int, ...]] = {
-            "codes": (size, dim), "centre": (channels,), "whiten": (dim, dim), "log_weights": (size,), "constant": (),
-            "residual": (), "norm": (2,), "counts": (size,),
-        }  # fmt: skip
-        wrong = [part for part, shape in shapes.items() if parts[part].shape != shape]
-        wrong += [part for part in PARTS if part != "residual" and not np.isfinite(parts[part]).all()]
-        if wrong or min(size, dim) < 1:
-            raise ValueError(f"{(wrong or ['codes'])[0]} of {name} is not what it has to be")
-        if not (parts["residual"] > 0).all() or not parts["norm"][1] > 0:
-            raise ValueError(f"a variance of {name} is not positive")
-        book.restore(parts)
+        book.restore(_parts(index, name, arrays))
         books[name] = book
     classes = header["classes"]
     calibration = Calibration(
@@ -98,7 +85,7 @@ def read_calibration(
         {name: _to_ranks(f"{index}.ranks", arrays) for index, name in enumerate(names)},
         Doubt(_to_ranks("unsure", arrays), _to_ranks("sure", arrays)) if header["logits"] else None,
         (fit, rank, last),
-        _sorted(arrays["scores"]),
+        scores,
         None if classes is None else {int(label): _sorted(arrays[f"class.{label}"]) for label in classes},
         counted,
     )
@@ -113,6 +100,31 @@ def _names(given: Any) -> list[str]:
     if len(set(given)) < len(given):
         raise ValueError("a name twice")
     return list(given)
+
+
+def _parts(index: int, name: str, arrays: files.Arrays) -> files.Arrays:
+    """The arrays of one layer's codebook, once they fit together and give numbers."""
+    parts = {part: np.asarray(arrays[f"{index}.{part}"]) for part in PARTS}
+    wrong = [part for part, array in parts.items() if array.dtype != np.float32]
+    if wrong:
+        raise ValueError(f"{wrong[0]} of {name} has dtype {parts[wrong[0]].dtype}")
+    channels, dim = parts["projection"].shape
+    size = len(parts["codes"])
+    for part in ("constant", "residual"):  # written with a dimension, since a file has no arrays without
+        parts[part] = parts[part].reshape(())
+    shapes = {
+        "codes": (size, dim), "centre": (channels,), "whiten": (dim, dim), "log_weights": (size,), "norm": (2,),
+        "counts": (size,),
+    }  # fmt: skip
+    wrong = [part for part, shape in shapes.items() if parts[part].shape != shape]
+    if wrong or not size * dim:
+        part = wrong[0] if wrong else "codes"
+        raise ValueError(f"{part} of {name} has shape {parts[part].shape}")
+    # The residual is infinite where the codebook's subspace is all there is.
+    wrong = [part for part in PARTS if part != "residual" and not np.isfinite(parts[part]).all()]
+    if wrong or not (parts["residual"] > 0 and parts["norm"][1] > 0):
+        raise ValueError(f"{wrong[0] if wrong else 'residual or norm'} of {name} holds no numbers that could be")
+    return parts
 
 
 def _check(coder: Coder, calibration: Calibration, books: dict[str, LayerCodebook], header: dict[str, Any]) -> None:
@@ -130,7 +142,7 @@ def _check(coder: Coder, calibration: Calibration, books: dict[str, LayerCodeboo
     if (calibration.doubt is None) != (coder.doubt is None):
         said = "without logits" if calibration.doubt is None else "with logits"
         raise BadValue(f"The calibration was made {said}", "the same here", "Wrap with the same logits= as then")
-    given = header.get("settings", {})
+    given = header["settings"]
     differs = [name for name in ("positions", "mask") if given.get(name) != getattr(coder.settings, name)]
     if differs:
         name = differs[0]
@@ -148,9 +160,10 @@ def _of_ranks(prefix: str, ranks: Ranks) -> files.Arrays:
 
 def _to_ranks(prefix: str, arrays: files.Arrays) -> Ranks:
     start, share, scale, mixture, residual, norm = (float(value) for value in arrays[f"{prefix}.tail"])
-    if not (0 < share <= 1 and 0 < scale < np.inf and np.isfinite([start, mixture, residual, norm]).all()):
-        raise ValueError(f"a tail of {share} with scale {scale}")
-    return Ranks(_sorted(arrays[f"{prefix}.scores"]), start, share, scale, (mixture, residual, norm))
+    usual = (mixture, residual, norm)
+    if not (0 < share <= 1 and 0 < scale < np.inf and np.isfinite(start)) or np.isnan(usual).any():
+        raise ValueError(f"a tail of {share} with scale {scale} from {start}")
+    return Ranks(_sorted(arrays[f"{prefix}.scores"]), start, share, scale, usual)
 
 
 def _sorted(scores: Any) -> Any:

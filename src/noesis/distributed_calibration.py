@@ -157,6 +157,7 @@ def _add(union: Collection, told: dict[str, Any], arrays: dict[str, NDArray[Any]
     if told["logits"]:
         union.logits = union.logits or Store()
         union.logits.put(places, arrays["logits"])
+        union.judged += told["seen"]
     if told["labels"]:
         union.labels = union.labels or Store()
         union.labels.put(places, arrays["labels"])

@@ -78,6 +78,8 @@ def load_tensors(path: PathLike, kind: str) -> tuple[Arrays, dict[str, Any]]:
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
         arrays = parse_safetensors(data)
         header = json.loads(metadata.get("noesis", "null"))
+        if strange := [name for name, array in arrays.items() if array.dtype.kind not in "fiub"]:
+            raise TypeError(f"{strange[0]} is of dtype {arrays[strange[0]].dtype}")
     except (SafetensorError, struct.error, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise BadFile(
             f"{path} is not a readable safetensors file ({type(error).__name__}: {error})",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copyreg
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +113,7 @@ class Site:
         """Keep what the module of the logits is given."""
         x = hidden_state((*args, *kwargs.values()))
         if torch.compiler.is_compiling():
-            if x is not None:
+            if emittable(x):
                 self.recorder.keep(head, x)
             return
         try:
@@ -137,7 +137,7 @@ class Site:
             self.route(output, self.router)
         if self.places:
             x: Any = hidden_state(output, self.stream) if self.pick is None else self.pick(output)
-            if isinstance(x, Tensor) and x.is_floating_point():
+            if emittable(x):
                 self.recorder.emit(x, self.places)
                 if self.channel is not None:
                     self.recorder.keep(self.channel, x)
@@ -153,7 +153,7 @@ class Site:
             doubt.drop(f"{type(error).__name__}: {error}")
             return
         if torch.compiler.is_compiling():
-            if isinstance(logits, Tensor) and logits.dim() > 1:
+            if emittable(logits) and logits.dim() > 1:
                 self.recorder.keep(doubt, coder.doubt_of(logits))
             return
         reason = unmeasurable(logits)
@@ -209,6 +209,11 @@ def unmeasurable(x: Any) -> str | None:
     if type(x) not in (Tensor, nn.Parameter) and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"a {type(x).__name__}"
     return None
+
+
+def emittable(x: Any) -> TypeGuard[Tensor]:
+    """Whether compiled code can measure a hidden state: what `unmeasurable` asks, as far as shapes and layouts tell."""
+    return isinstance(x, Tensor) and x.is_floating_point() and not x.is_nested and x.layout == torch.strided
 
 
 class Observed:

@@ -204,8 +204,9 @@ class Trace:
         """A trace whose steps are all of its run, so that totals follow from them."""
         ran = values[:, :, stats.index("count")] > 0
         parts = fields_of(values, stats)
-        totals = rows.combine(parts) if len(values) else np.zeros((len(layers), len(rows.FIELDS)))
-        mean, std = (np.where(ran, values[:, :, stats.index(name)], 0.0).sum(0) for name in ("mean", "std"))
+        with np.errstate(over="ignore", invalid="ignore"):  # numbers in files of v0.1 may be anything
+            totals = rows.combine(parts) if len(values) else np.zeros((len(layers), len(rows.FIELDS)))
+            mean, std = (np.where(ran, values[:, :, stats.index(name)], 0.0).sum(0) for name in ("mean", "std"))
         in_order = np.broadcast_to(np.arange(1, len(layers) + 1), ran.shape)
         return cls(
             values=values,
@@ -416,14 +417,13 @@ def stats_of(unpacked: Floats, stats: tuple[str, ...]) -> Floats:
 
 
 def fields_of(values: Floats, stats: tuple[str, ...]) -> Floats:
-    """Rows [..., FIELDS] from statistics [..., stats]; what is not in the statistics is 0."""
+    """Rows [..., FIELDS] from statistics [..., stats]; what is not in the statistics, or did not run, is 0."""
     unpacked = np.zeros((*values.shape[:-1], len(rows.FIELDS)))
-    count = values[..., stats.index("count")]
+    count = np.nan_to_num(values[..., stats.index("count")])
     for name in stats:
-        if name in rows.FIELDS:
-            column = values[..., stats.index(name)]
-            known = column if name in ("count", "nonfinite", "zeros") else np.where(count > 0, column, 0.0)
-            unpacked[..., rows.FIELDS.index(name)] = known
+        if name in rows.FIELDS:  # of a layer without one finite number, that is counted and nothing else is known
+            known = ~np.isnan(values[..., stats.index(name)]) if name in ("count", "nonfinite", "zeros") else count > 0
+            unpacked[..., rows.FIELDS.index(name)] = np.where(known, values[..., stats.index(name)], 0.0)
     with np.errstate(invalid="ignore"):
         shrink = np.sqrt(np.where(count > 1, count - 1, 0) / np.where(count > 0, count, 1))
     unpacked[..., rows.STD] *= shrink

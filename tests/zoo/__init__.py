@@ -1,0 +1,1 @@
+"""The zoo: small random models of many architectures, on which every promise is tried."""
