@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from noesis.codebook import Codebook, LayerCodebook, shrunk
-from noesis.kernels import pooling
+from noesis.kernels import by_numba, pooling
 from noesis.kernels.coding import Book, code_reference, directions
 from noesis.kernels.pooling import pooled
 
@@ -277,9 +277,7 @@ def test_pooling_windows_tokens_of_flattened_samples_and_masks():
 @pytest.mark.parametrize("offset", [0, 1000])
 @pytest.mark.parametrize("spread", [True, False])
 def test_the_cpu_kernel_pools_alike(view, offset, spread):
-    from noesis.kernels.pooling import _numba
-
-    assert _numba() is not None
+    assert by_numba("pooling") is not None
     x = view(torch.randn(3, 20, 30, 40) + offset)
     samples = x.shape[0]
     kept = Kept(4, pooling.width(x, samples, 1, spread))

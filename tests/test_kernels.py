@@ -51,7 +51,7 @@ def observed_by(observe, x: torch.Tensor) -> np.ndarray:
 
 
 def by_numba(x: torch.Tensor) -> np.ndarray:
-    assert moments._numba() is not None
+    assert kernels.by_numba("moments") is not None
     return observed_by(lambda x, slab, control: moments.observe_cpu(x, 0, 0, True, slab, control), x)
 
 
@@ -383,11 +383,11 @@ def test_every_float16_and_bfloat16_is_read_as_torch_reads_it():
 
 
 def test_without_numba_numpy_does_it(monkeypatch):
-    monkeypatch.setattr(moments.importlib.util, "find_spec", lambda _: None)
-    moments._numba.cache_clear()
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda _: None)
+    kernels.by_numba.cache_clear()
     try:
-        assert moments._numba() is None
+        assert kernels.by_numba("moments") is None
         x = torch.randn(100)
         check(observed_by(lambda x, slab, control: moments.observe_cpu(x, 0, 0, True, slab, control), x), x)
     finally:
-        moments._numba.cache_clear()
+        kernels.by_numba.cache_clear()

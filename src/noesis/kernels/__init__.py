@@ -7,6 +7,8 @@ waits for the device, and a CPU path; `moments` and `stepping` have Triton kerne
 """
 
 import functools
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -50,6 +52,18 @@ def has_triton(device: torch.device) -> bool:
         logger.warning("no Triton on {}, so observing costs many small kernels per layer: {!r}", device, error)
         return False
     return True
+
+
+@functools.cache
+def by_numba(name: str) -> Any:
+    """The module of the CPU kernel of this name, where Numba is installed and compiles it; None elsewhere."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    try:
+        return importlib.import_module(f"{__name__}.{name}_numba")
+    except Exception as error:  # a Numba that does not know this NumPy, or this processor
+        logger.warning("Numba does not compile here, so {} on the CPU costs more: {!r}", name, error)
+        return None
 
 
 def scratch(device: torch.device) -> torch.Tensor:

@@ -8,19 +8,17 @@ and `torch.ops.noesis.moments` for compiled code.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from loguru import logger
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import BadValue
-from . import has_triton, register, rows
+from . import by_numba, has_triton, register, rows
 from .rows import CALLS, FIELDS, ORDER
 from .stepping import ACTIVE, SEQUENCE, SLOT
 
@@ -121,26 +119,13 @@ def observe_cpu(
     check_room(samples, slab.shape[1] - 1)
     if x.is_neg():  # a view with a flag for its sign, which the memory does not show
         x = x.resolve_neg()
-    numba = _numba()
+    numba = by_numba("moments")
     if numba is None or x.dtype not in DTYPES or not x.numel():
         _numpy().observe(x, samples, count_zeros, layer, slab, control)
         return
     if not x.is_contiguous():
         x = _dense(x, samples)
     numba.observe(x.data_ptr(), x.numel(), numba.KINDS[x.dtype], samples, count_zeros, layer, slab, control)
-
-
-@functools.cache
-def _numba() -> Any:
-    """The compiled kernel, where Numba is installed."""
-    if importlib.util.find_spec("numba") is None:
-        return None
-    try:
-        from . import moments_numba
-    except Exception as error:  # a Numba that does not know this NumPy, or this processor
-        logger.warning("Numba does not compile here, so observing on the CPU costs more: {!r}", error)
-        return None
-    return moments_numba
 
 
 @functools.cache

@@ -10,16 +10,11 @@ What is kept of a layer, on its device and changed in place only:
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-from typing import Any
-
 import torch
-from loguru import logger
 from torch import Tensor
 
 from ..errors import BadValue
-from . import has_triton, register
+from . import by_numba, has_triton, register
 from .stepping import ACTIVE, FORWARDS
 
 FORWARD, SAMPLES, CALLS = range(3)
@@ -142,26 +137,13 @@ def pool_cpu(
         pool_reference(x, samples, channel, spread, mask, buffer, stamp, control)
         return
     check_room(samples, buffer)
-    numba = _numba()
+    numba = by_numba("pooling")
     if numba is None or mask is not None or x.dtype != torch.float32 or x.dim() < 3 or not x.numel():
         buffer[:samples] = pooled(x.detach(), samples, channel, spread, mask)
     else:
         rows = by_position(x.detach().resolve_neg(), samples, channel)
         numba.pool(rows.data_ptr(), *rows.shape, *rows.stride(), spread, buffer.numpy())
     stamp.copy_(torch.tensor([flags[FORWARDS], samples, 1]))
-
-
-@functools.cache
-def _numba() -> Any:
-    """The compiled kernel, where Numba is installed."""
-    if importlib.util.find_spec("numba") is None:
-        return None
-    try:
-        from . import pooling_numba
-    except Exception as error:  # a Numba that does not know this NumPy, or this processor
-        logger.warning("Numba does not compile here, so keeping vectors on the CPU costs more: {!r}", error)
-        return None
-    return pooling_numba
 
 
 register(
