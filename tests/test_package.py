@@ -144,7 +144,7 @@ def imported(importtime: str) -> set[str]:
 LIBRARY, TOP = 3, 4
 FLOORS = {"errors": 0, "_version": 0, "files": 1, "kernels": 1, "v01": 2, "integrations": TOP, "cli": TOP}
 HOST_SIDE = {"trace", "soulprint", "comparison"}
-DEVICE_SIDE = {"observing", "recorder", "wrapping"}
+DEVICE_SIDE = {"judging", "observing", "recorder", "wrapping"}
 COMPILERS = ("triton", "numba")  # modules named after one hold its kernels; others import them late
 
 Imports = dict[str, set[str]]

@@ -7,27 +7,20 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from loguru import logger
-from torch import Tensor, nn
+from torch import nn
 
-from . import files
 from ._version import __version__
-from .ambiguity import Ambiguity
-from .calibration import Calibration
-from .calibration_files import load_calibration, save_calibration
-from .codebook import Codebook, LayerCodebook
+from .codebook import Codebook
 from .coder import Coder
-from .collecting import Collection, collect
 from .distributed import merge_over
-from .distributed_calibration import calibrate_over
 from .errors import BadType, BadValue, WrongState
+from .judging import Judging, check_codebook, logits_module
 from .kernels import undisturbed
-from .kernels.stepping import FORWARDS
 from .observing import Site, become_observed, rebind, restore, site_of
 from .outputs import stream_index
 from .recorder import Recorder
@@ -35,7 +28,6 @@ from .routes import Routes, routers
 from .scalars import STATS, scalars
 from .selecting import Layers, select
 from .soulprint import Soulprint
-from .surprise import Surprise
 from .trace import ALWAYS, OPTIONAL, Trace
 
 if TYPE_CHECKING:
@@ -98,7 +90,7 @@ def wrap(
         True
     """
     kept_stats = _check_stats(stats)
-    _check_codebook(codebook, logits)
+    check_codebook(codebook, logits)
     if output is not None and not callable(output):
         raise BadType(f"output={output!r}", "a callable from a layer's output to a tensor", "Leave output out")
     samples = FIRST_SAMPLES if per_sample is True else per_sample
@@ -139,7 +131,7 @@ def wrap(
     recorder.follow(routers(root, chosen))
     if codebook is not None:
         recorder.coder = Coder(codebook, recorder.banks[0].device, logits if callable(logits) else None)
-    _observe(recorder, chosen, roots, output, _logits_module(root, logits))
+    _observe(recorder, chosen, roots, output, logits_module(root, logits))
     rebind(called)
     recorder.base_meta = _describe(root, layers)
     recorder.reset({})
@@ -198,7 +190,7 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
         return []
 
 
-class Wrapped(nn.Module):
+class Wrapped(Judging, nn.Module):
     """A model under observation: runs as the model does, and tells what happened.
 
     Everything that is not noesis' own is the model's: attributes, parameters, `state_dict()` with
@@ -310,89 +302,6 @@ class Wrapped(nn.Module):
             latest.surprise = self.surprise()
         return output, latest
 
-    # ------------------------------------------------------------ surprise
-
-    def calibrate(
-        self,
-        loader: Iterable[Any],
-        labels: bool = False,
-        progress: bool = True,
-        *,
-        by_class: bool = False,
-        forward: Callable[[Any, Any], Any] | None = None,
-        group: ProcessGroup | None = None,
-        timeout: float = 600.0,
-    ) -> Calibration:
-        """Learn what normal inputs look like inside the model; `surprise()` then has p-values.
-
-        The model runs in eval mode and without gradients, and is afterwards in the mode it was in; these
-        forwards are no steps of the trace. Of more than 20,000 samples, or 1 GiB of vectors, a random choice is
-        kept. Nothing changes if it fails or is interrupted.
-
-        Args:
-            loader: batches of normal inputs that the model was not trained on (on its training data it is too sure
-                of itself, and more new inputs than promised look strange): tensors, pairs (inputs, labels), or dicts
-                of arguments.
-            labels: fit a code per class to the labels of the batches, rather than codes without labels.
-            progress: show tqdm's bar where it is installed and stderr is a terminal.
-            by_class: give each predicted class p-values of its own (Mondrian conformal prediction, Vovk et al.
-                2003), where it has 20 samples among those for p-values. Needs `logits`.
-            forward: called as `forward(model, batch)` for batches of any other kind.
-            group: calibrate on what all ranks of this process group load, each its own share; the first fits, and all
-                get the same. By default nothing is sent.
-            timeout: seconds to wait for the other ranks, once this one's loader is through.
-
-        Returns:
-            What was learned: how many samples were used for what, which layers.
-
-        Raises:
-            NoesisError: without a codebook, with fewer than 120 samples, or for batches of an unknown kind; with a
-                group, on all ranks when any fails.
-
-        Example:
-            >>> import torch, noesis
-            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
-            >>> wrapped = noesis.wrap(model, layers="1", codebook=noesis.Codebook(), logits="2")
-            >>> wrapped.calibrate([torch.randn(100, 4) for _ in range(6)])
-            Calibration(600 samples: 400 fitted the codes, 100 rank the layers, 100 give the p-values, which start \
-at 0.0099; 2 layers and the logits)
-        """
-        coder = self._coder()
-        if by_class and coder.doubt is None:
-            raise BadValue("by_class=True without logits", "a wrap that sees the logits", 'Pass wrap(..., logits="fc")')
-
-        def collected() -> Collection:
-            return collect(
-                self.model, self._root, self._recorder, coder, loader, labels=labels, progress=progress, forward=forward
-            )
-
-        with undisturbed():
-            if group is None:
-                collection = collected()
-                made, seen = collection.fit(by_class), collection.seen
-            else:
-                made, seen = calibrate_over(coder, collected, by_class, group, timeout)
-        if seen > sum(made.samples):
-            logger.info("{} of {} calibration samples were kept", sum(made.samples), seen)
-        logger.info("{}", made)
-        return made
-
-    @property
-    def calibration(self) -> Calibration | None:
-        """What `calibrate` learned."""
-        return self._coder().calibration
-
-    def surprise(self) -> Surprise:
-        """How strange each sample of the latest forward is; forwards inside `paused()` do not count.
-
-        Raises:
-            NoesisError: without a codebook, or when no layer was observed in the latest forward.
-        """
-        coder = self._coder()
-        with undisturbed():
-            found: Surprise = coder.surprise(self._forwards())
-        return found
-
     def log_to(
         self,
         target: Any,
@@ -439,67 +348,6 @@ at 0.0099; 2 layers and the logits)
         write(found, forwards - 1 if step is None else step)
         return found
 
-    def ambiguity(self, **weights: Any) -> Ambiguity:
-        """Nervecode's measures of the latest forward; see `Ambiguity` for the arguments."""
-        coder = self._coder()
-        with undisturbed():
-            kept = coder.kept(self._forwards())
-            coder.ensure_codes(kept)
-            return Ambiguity.of({name: (coder.books[name], found.vectors) for name, found in kept.items()}, **weights)
-
-    def coding_loss(self) -> Tensor:
-        """The mean code length per dimension of the latest forward, in nats: a scalar to add to a training loss.
-
-        Gradients flow into codes and projections, and into the model with `Codebook(detach=False)`. The first call
-        takes the codes from the vectors at hand.
-
-        Raises:
-            NoesisError: without a codebook that learns, or when no layer was observed in the latest forward.
-
-        Example:
-            >>> import torch, noesis
-            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
-            >>> wrapped = noesis.wrap(model, layers="0", codebook=noesis.Codebook(size=4, dim=2, learn="gradient"))
-            >>> optimiser = torch.optim.Adam([*model.parameters(), *wrapped.codebook_parameters()])
-            >>> loss = wrapped(torch.randn(16, 4)).square().mean() + 0.1 * wrapped.coding_loss()
-            >>> loss.backward()
-        """
-        return self._coder().loss(self._forwards())
-
-    def codebook_parameters(self) -> list[nn.Parameter]:
-        """Codes and projections for an optimiser; no part of the model's own parameters."""
-        return [parameter for book in self._coder().books.values() for parameter in book.parameters()]
-
-    @property
-    def codebooks(self) -> dict[str, LayerCodebook]:
-        """The codebook of each layer, with its usage."""
-        return dict(self._coder().books)
-
-    def save_calibration(self, path: files.PathLike) -> Path:
-        """Write codebooks and calibration to a `.safetensors` file.
-
-        Raises:
-            NoesisError: before calibration.
-        """
-        return save_calibration(self._coder(), path)
-
-    def load_calibration(self, path: files.PathLike) -> Calibration:
-        """Take codebooks and calibration from a file that `save_calibration` wrote for the same layers.
-
-        Raises:
-            NoesisError: when the file is broken, or is of other layers or widths, which it names.
-        """
-        return load_calibration(self._coder(), path)
-
-    def _coder(self) -> Coder:
-        coder: Coder | None = self._recorder.coder
-        if coder is None:
-            raise WrongState("This wrap has no codebooks", "one that has", "Pass wrap(..., codebook=noesis.Codebook())")
-        return coder
-
-    def _forwards(self) -> int:
-        return int(self._recorder.banks[0].control[FORWARDS])
-
     # ------------------------------------------------------------ runs
 
     def reset(self) -> None:
@@ -543,7 +391,7 @@ at 0.0099; 2 layers and the logits)
         rebind(self.model)
         if self._pipeline is not None:
             self._pipeline.detach()
-        return self.model  # type: ignore[no-any-return]
+        return self.model
 
     # ------------------------------------------------------------ being the model
 
@@ -626,34 +474,6 @@ def _check_stats(stats: Sequence[str]) -> tuple[str, ...]:
             f"{', '.join(ALWAYS)} are always there; add {' or '.join(OPTIONAL)} if you want them",
         )
     return ALWAYS + tuple(name for name in OPTIONAL if name in given)
-
-
-def _check_codebook(codebook: Any, logits: Any) -> None:
-    if codebook is not None and not isinstance(codebook, Codebook):
-        raise BadType(f"codebook={codebook!r}", "a noesis.Codebook", "Pass codebook=noesis.Codebook()")
-    if logits is not None and codebook is None:
-        raise BadValue(
-            f"logits={logits!r} without a codebook", "both", "Pass codebook=noesis.Codebook() too, or leave logits out"
-        )
-    if logits is not None and not isinstance(logits, str) and not callable(logits):
-        raise BadType(
-            f"logits={logits!r}", "the name of a module, or a callable from the model's output", 'Pass logits="fc", say'
-        )
-
-
-def _logits_module(root: nn.Module, logits: Any) -> nn.Module | None:
-    """The module of this name."""
-    if not isinstance(logits, str):
-        return None
-    found: nn.Module | None = dict(root.named_modules()).get(logits)
-    if found is None:
-        ends = [name for name, module in root.named_modules() if name and not any(True for _ in module.children())]
-        raise BadValue(
-            f"logits={logits!r}, which is no module of {type(root).__name__}",
-            "the name of the module that gives the logits",
-            f"The last modules are {', '.join(ends[-3:])}",
-        )
-    return found
 
 
 def _check_numbers(**numbers: Any) -> None:
