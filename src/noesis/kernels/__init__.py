@@ -1,9 +1,10 @@
 """What runs on the hot path: one operation per file, registered under `torch.ops.noesis`.
 
-`rows` is the algebra of a row of statistics, `moments` measures a tensor into a row, `stepping`
-moves the ring of steps, `routing` counts experts. Each has a path of plain torch ops that never
-waits for the device, and a CPU path; `moments` and `stepping` have Triton kernels too, in
-`moments_triton` and `stepping_triton`, which are imported late since importing triton takes long.
+`rows` is the algebra of a row of statistics, `moments` measures a tensor into a row, `stepping` moves
+the ring of steps, `routing` counts experts, `pooling` keeps a vector per sample; `coding`, which is
+asked for and not registered, finds code lengths. Each has a path of plain torch ops that never waits
+for the device. Modules named `*_triton`, `*_numba` and `*_numpy` hold what is faster on a device, and
+are imported late since importing a compiler takes long.
 """
 
 import functools
