@@ -80,6 +80,21 @@ def test_every_nth_step():
     assert trace.soulprint().steps == 4
 
 
+@pytest.mark.parametrize("per_sample", [False, 3])
+def test_reading_the_latest_steps_alone(per_sample) -> None:
+    wrapped = noesis.wrap(small(), layers="all", capacity=4, every=2, per_sample=per_sample)
+    for step in range(11):
+        wrapped(torch.full((3, 4), float(step)))
+    wrapped.model[0](torch.ones(1, 4))  # belongs to the next step
+    whole = wrapped.trace()
+    for since in (-1, 0, 7, 8, 10, 11, 12):
+        latest, want = wrapped._recorder.trace(since=since), whole.at(whole.steps >= since)
+        assert latest.steps.tolist() == want.steps.tolist()
+        for name in ("values", "calls", "order", "totals", "averages", "batches", "timesteps"):
+            np.testing.assert_allclose(getattr(latest, name), getattr(want, name), rtol=1e-12, err_msg=name)
+        assert latest.dropped_steps == 6 - (want.steps < 11).sum()
+
+
 def test_paused_forwards_are_no_steps():
     wrapped = noesis.wrap(small(), layers="all")
     first, second, third = batches(3)

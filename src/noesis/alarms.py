@@ -161,7 +161,6 @@ class Alarms:
         self._wrapped = wrapped
         self._nonfinite, self._dead = nonfinite, dead
         self._factors: dict[Kind, float | None] = {"exploding": exploding, "vanishing": vanishing}
-        self._next = 0  # the number of the next forward to look at
         self.reset()
 
     def reset(self) -> None:
@@ -178,8 +177,11 @@ class Alarms:
         self._lifeless = np.zeros(layers, np.int64)  # steps in a row
         self._since = np.zeros(layers, np.int64)  # the first of them
         trace = self._wrapped.trace()
-        self._run = trace.meta["run"]
-        self._catch_up(trace)
+        forwards, observed = self._wrapped._recorder.counted()
+        self._run: str = trace.meta["run"]
+        self._next: int = forwards  # the number of the next forward to look at
+        self._seen: int = observed  # observed forwards up to there
+        self._counted = self._total(trace, forwards)
 
     def check(self, step: int | None = None) -> list[Alarm]:
         """Look at the observed forwards since the last check; waits for the device.
@@ -193,18 +195,23 @@ class Alarms:
         Raises:
             AlarmRaised: (a RuntimeError) when there are some, with `on_alarm="raise"`.
         """
-        found = list(self._look(self._wrapped.trace(), step))
+        found = list(self._look(step))
         if found:
             self._report(found)
         return found
 
     # ------------------------------------------------------------ looking
 
-    def _look(self, trace: Trace, at: int | None) -> Iterator[Alarm]:
-        forwards = self._wrapped._forwards()
-        if trace.meta["run"] != self._run or forwards < self._next:  # counted from 0 again; baselines stay
-            self._run, self._next, self._counted = trace.meta["run"], 0, np.zeros(len(trace.layers))
-        yield from self._gone(trace, at)
+    def _look(self, at: int | None) -> Iterator[Alarm]:
+        recorder = self._wrapped._recorder
+        forwards, observed = recorder.counted()
+        if recorder.meta["run"] != self._run or forwards < self._next:  # counted from 0 again; baselines stay
+            self._run, self._next, self._seen = recorder.meta["run"], 0, 0
+            self._counted = np.zeros(len(self._bad))
+        missed = observed - recorder.banks[0].capacity > self._seen
+        trace = recorder.trace(since=None if missed else self._next)
+        if missed:
+            yield from self._gone(trace, at)
         for index in np.flatnonzero((trace.steps >= self._next) & (trace.steps < forwards)).tolist():
             number = int(trace.steps[index])
             order = np.argsort(np.where(trace.calls[index] > 0, trace.order[index], np.iinfo(np.int64).max))
@@ -213,7 +220,11 @@ class Alarms:
                 since = int(self._since[layer]) if kind == "dead" else number
                 message = f"step {since}: layer {name!r} {text}"
                 yield Alarm(kind, name, since, value, expected, message, at)
-        self._catch_up(trace)
+        if missed:
+            self._counted = self._total(trace, forwards)
+        else:
+            self._counted += trace["nonfinite"][trace.steps < forwards].sum(0)
+        self._next, self._seen = forwards, observed
 
     def _of_step(self, trace: Trace, index: int, order: Ints) -> Iterator[tuple[Kind, int, float, float, str]]:
         """Kind, layer, value, expected and text of what is new in a step."""
@@ -280,8 +291,6 @@ class Alarms:
 
     def _gone(self, trace: Trace, at: int | None) -> Iterator[Alarm]:
         """NaN and infinities in steps that the ring dropped before anyone looked: the totals still count them."""
-        if not trace.dropped_steps or trace.steps[0] <= self._next:
-            return
         missed = self._total(trace, self._next) - self._counted
         layers = np.flatnonzero((missed > 0) & ~(self._bad & self._always_bad))
         if not len(layers):
@@ -295,11 +304,6 @@ class Alarms:
             )
             yield Alarm("nonfinite", name, last, float(missed[layers[0]]), 0.0, message, at)
         self._bad[layers], self._always_bad[layers] = True, False
-
-    def _catch_up(self, trace: Trace) -> None:
-        """All that has ended is looked at."""
-        self._next = self._wrapped._forwards()
-        self._counted = self._total(trace, self._next)
 
     @staticmethod
     def _total(trace: Trace, before: int) -> Floats:

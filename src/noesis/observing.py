@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .coder import Channel
 from .errors import BadType, WrongState
+from .gradients import GradientRecorder, Mark
 from .kernels import disturbed, recomputing, undisturbed
 from .outputs import batch_of, hidden_state, register_block
 from .recorder import Recorder
@@ -38,6 +39,7 @@ class Site:
         self.index = -1  # in the recorder; only the root may have none
         self.places: list[Tensor] = []  # see `Recorder.places`; empty without an index
         self.name = ""
+        self.gradients: GradientRecorder | None = None
         self.stream: int | None = None
         self.pick: Callable[[Any], Any] | None = None
         self.router: Router | None = None
@@ -104,10 +106,45 @@ class Site:
             else:
                 if not aside:
                     self.recorder.observe(x, self.index, self.places)
+                    if self.gradients is not None and x.requires_grad:
+                        self.await_gradient(x, self.gradients)
                 if self.channel is not None:
                     self.recorder.keep(self.channel, x)
         if self.doubt is not None:
             self.keep_doubt(output, self.doubt)
+
+    def await_gradient(self, x: Tensor, gradients: GradientRecorder) -> None:
+        """Measure the gradient of an output once a backward pass has it."""
+        if x.grad_fn is None:  # a hook would stay on it from step to step
+            gradients.unmeasured[self.name] = "a tensor that nothing was computed from: its gradient is its .grad"
+            return
+        mark = gradients.mark()  # and not `x`, which a hook must not keep alive
+
+        def take(gradient: Tensor) -> None:
+            self.take(gradient, gradients, mark)
+
+        x.register_hook(take)
+
+    def take(self, gradient: Tensor, gradients: GradientRecorder, mark: Mark) -> None:
+        """Have a gradient measured."""
+        try:
+            reason = unmeasurable(gradient)
+            if reason is not None:
+                gradients.unmeasured[self.name] = reason
+            elif disturbed():
+                with undisturbed():
+                    gradients.take(gradient, self.index, mark)
+            else:
+                gradients.take(gradient, self.index, mark)
+        except Exception as error:  # whatever a gradient may be, training goes on
+            gradients.unmeasured[self.name] = f"{type(error).__name__}: {error}"
+
+    def recompute(self, output: Any) -> None:
+        """What is recomputed in a backward pass was observed before, but may get its gradients only now."""
+        if self.gradients is not None and recomputing():
+            x: Any = hidden_state(output, self.stream) if self.pick is None else self.pick(output)
+            if unmeasurable(x) is None and x.requires_grad:
+                self.await_gradient(x, self.gradients)
 
     def read(self, head: Channel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep what the module of the logits is given."""
@@ -245,7 +282,10 @@ class Observed:
         site = self._noesis
         compiling = torch.compiler.is_compiling()
         if site is None or (exporting() if compiling else site.skips()):
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            if site is not None and site.gradients is not None and not compiling:
+                site.recompute(output)
+            return output
         try:
             if site.root:
                 site.begin(args, kwargs)

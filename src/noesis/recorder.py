@@ -186,15 +186,19 @@ class Bank:
         bank.routes = None if self.routes is None else self.routes.beside(device)
         return bank
 
-    def fetch(self) -> tuple[Floats, Floats, Floats, NDArray[np.int64]]:
-        """Rows [capacity + 1, rows, layers, FIELDS], totals, steps and control, on the host."""
+    def state(self) -> tuple[Floats, NDArray[np.int64]]:
+        """What is known of each step, and the control block, on the host."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # rows may have been written on any stream
-        slab, totals, steps, control = (
-            tensor.detach().cpu().numpy() for tensor in (self.slab, self.totals, self.steps, self.control)
-        )
-        unpacked = rows.unpack(slab, np.zeros((*slab.shape[:-1], len(FIELDS))))
-        return unpacked, totals.astype(np.float64), steps.astype(np.float64), control.copy()
+        steps, control = (tensor.detach().cpu().numpy() for tensor in (self.steps, self.control))
+        return steps.astype(np.float64), control.copy()
+
+    def held(self, slots: list[int] | None = None) -> Floats:
+        """Rows [slots, rows, layers, FIELDS] on the host; of all capacity + 1 slots by default."""
+        slab = self.slab.detach()
+        packed = (slab if slots is None else slab[slots]).cpu().numpy()
+        unpacked: Floats = rows.unpack(packed, np.zeros((*packed.shape[:-1], len(FIELDS))))
+        return unpacked
 
 
 class Recorder:
@@ -238,6 +242,7 @@ class Recorder:
         self.named_run = False  # inside `with wrapped.run(...)`
         self.branch_of: Callable[[int], str | None] | None = None  # a pipeline's word on a forward with a batch
         self.coder: Coder | None = None
+        self.gradients: Recorder | None = None  # of gradients, whose steps begin with these
         self.aside: dict[torch.device, Tensor] | None = None  # a control block per device, where forwards leave no mark
         self.aside_forwards = 0
 
@@ -272,6 +277,8 @@ class Recorder:
                 bank.routes.begin(bank.control)
         if not torch.compiler.is_compiling():
             self.forwards += 1  # now that the devices have counted it
+            if self.gradients is not None:
+                self.gradients.begin(None, batch)
 
     def end(self) -> None:
         """A forward of the root is over."""
@@ -336,6 +343,8 @@ class Recorder:
         for device in devices:
             if device.type != "meta":
                 self.bank(device)
+        if self.gradients is not None:
+            self.gradients.go_to(devices)
 
     def _position(self, device: torch.device) -> int:
         for position, bank in enumerate(self.banks):
@@ -383,6 +392,8 @@ class Recorder:
         with undisturbed():
             for bank in self.banks:
                 bank.switch(not paused)
+        if self.gradients is not None:
+            self.gradients.pause(paused)
 
     @contextmanager
     def no_mark(self) -> Iterator[None]:
@@ -403,6 +414,8 @@ class Recorder:
             for bank in self.banks:
                 bank.control[EVERY] = every
         self.every = self.settings["every"] = every
+        if self.gradients is not None:
+            self.gradients.set_every(every)
 
     def reset(self, meta: dict[str, Any]) -> None:
         """Forget the run and start another one."""
@@ -416,6 +429,8 @@ class Recorder:
         self.unrouted.clear()
         self.branches.clear()
         self.branch = None
+        if self.gradients is not None:
+            self.gradients.reset(meta)
         self.given = meta
         self.meta = {"run": uuid.uuid4().hex[:12], **self.base_meta, **meta}
 
@@ -434,27 +449,43 @@ class Recorder:
             self.branches.append(branch)
         self.branch = branch
 
-    def read(self) -> Reading:
-        """Everything known, merged over the banks; the one place that waits for the device."""
+    def counted(self) -> tuple[int, int]:
+        """Forwards that have begun in this run, and how many of them were observed; waits for the device."""
         with undisturbed():
-            fetched = [bank.fetch() for bank in self.banks]
-        samples = max(totals.shape[0] for _, totals, _, _ in fetched)
-        every_row = rows.combine(np.stack([_padded(held, 1, samples) for held, _, _, _ in fetched]))
-        totals = stepping.merge_totals(np.stack([_padded(totals, 0, samples) for _, totals, _, _ in fetched]))
-        _, _, steps, control = fetched[0]
-        for _, _, others, _ in fetched[1:]:  # each forward's timestep is on the bank of its device
-            steps = np.where(np.isnan(steps), others, steps)
-        capacity, observed, folded = len(steps), int(control[OBSERVED]), int(control[FOLDED])
-        dropped = max(0, observed - capacity)
-        slots = [number % capacity for number in range(dropped, observed)]
-        if every_row[capacity, ..., rows.CALLS].any():  # called since the last forward ended
-            slots.append(capacity)
-            steps = np.concatenate([steps, [[control[FORWARDS], np.nan, -1, 0]]])
-        held = every_row[slots]
+            _, control = self.banks[0].state()
+        return int(control[FORWARDS]), int(control[OBSERVED])
+
+    def read(self, since: int | None = None) -> Reading:
+        """Everything known, merged over the banks, or of forward `since` and later ones; waits for the device."""
+        with undisturbed():
+            states = [bank.state() for bank in self.banks]
+            (steps, control), capacity = states[0], len(states[0][0])
+            for others, _ in states[1:]:  # each forward's timestep is on the bank of its device
+                steps = np.where(np.isnan(steps), others, steps)
+            observed, folded = int(control[OBSERVED]), int(control[FOLDED])
+            dropped = max(0, observed - capacity)
+            slots = [number % capacity for number in range(dropped, observed)]
+            if since is not None:
+                slots = [slot for slot in slots if steps[slot, stepping.NUMBER] >= since]
+            samples = max(bank.samples for bank in self.banks)
+            fetched = [
+                _padded(bank.held(None if since is None else [*slots, capacity]), 1, samples) for bank in self.banks
+            ]
+            totals = np.stack(
+                [_padded(bank.totals.cpu().numpy().astype(np.float64), 0, samples) for bank in self.banks]
+            )
+        every_row = rows.combine(np.stack(fetched))
+        steps = np.concatenate([steps[slots], [[control[FORWARDS], np.nan, -1, 0]]])
+        held = every_row[[*slots, capacity]] if since is None else every_row
+        late = since is not None and since > control[FORWARDS]
+        if late or not held[-1, ..., rows.CALLS].any():  # nothing was called since the last forward ended
+            steps, held = steps[:-1], held[:-1]
+        if since is not None:
+            dropped, folded, totals = observed - len(slots), 0, np.zeros_like(totals)
         fresh = max(0, folded - dropped)
-        totals = stepping.add_steps(totals, held[fresh:])
+        whole = stepping.add_steps(stepping.merge_totals(totals), held[fresh:])
         stepping.with_whole(held[:fresh].swapaxes(0, 1))
-        return Reading(steps[slots], held, totals, dropped, int(control[FORWARDS]))
+        return Reading(steps, held, whole, dropped, int(control[FORWARDS]))
 
     def routes(self) -> Routes:
         """What the routers chose."""
@@ -467,9 +498,9 @@ class Recorder:
         return Routes.read(self.routers, counted, steps, control, unmeasured=self.unrouted, meta=self.meta)
 
     @np.errstate(over="ignore", invalid="ignore")  # rows of float64 outputs may hold infinities
-    def trace(self) -> Trace:
-        """What is known, as a trace."""
-        reading, stats = self.read(), self.stats
+    def trace(self, since: int | None = None) -> Trace:
+        """What is known, as a trace, or of forward `since` and later ones alone, which reads no more than these."""
+        reading, stats = self.read(since), self.stats
         named: list[str | None] = [*self.branches, None]  # -1 stands for no branch
 
         def one(row: int) -> Trace:
@@ -503,6 +534,6 @@ def _places(device: torch.device, layers: int) -> list[Tensor]:
         return [stays(index.clone()) for index in torch.arange(layers, device=device)]
 
 
-def _padded(array: Floats, axis: int, length: int) -> Floats:
-    widths = [(0, length - size if dim == axis else 0) for dim, size in enumerate(array.shape)]
+def _padded(array: Floats, axis: int, samples: int) -> Floats:
+    widths = [(0, 1 + samples - size if dim == axis else 0) for dim, size in enumerate(array.shape)]
     return np.pad(array, widths)

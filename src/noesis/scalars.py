@@ -75,6 +75,11 @@ def scalars(
     return found | _of_layers("utilisation", usage, own, ("mean", "min"))
 
 
+def under(name: str, found: Mapping[str, float]) -> dict[str, float]:
+    """The same numbers as `noesis/<name>/<layer>/<stat>`."""
+    return {key.replace("noesis/", f"noesis/{name}/", 1): value for key, value in found.items()}
+
+
 def _own(layers: str | Sequence[str], known: list[str]) -> set[str]:
     """The layers whose own numbers are asked for."""
     if layers == "aggregate":

@@ -19,13 +19,14 @@ from .codebook import Codebook
 from .coder import Coder
 from .distributed import merge_over
 from .errors import BadType, BadValue, WrongState
+from .gradients import GradientRecorder
 from .judging import Judging, check_codebook, logits_module
 from .kernels import undisturbed
 from .observing import Site, become_observed, rebind, restore, site_of
 from .outputs import stream_index
 from .recorder import Recorder
 from .routes import Routes, routers
-from .scalars import STATS, scalars
+from .scalars import STATS, scalars, under
 from .selecting import Layers, select
 from .soulprint import Soulprint
 from .trace import ALWAYS, OPTIONAL, Trace
@@ -47,6 +48,7 @@ def wrap(
     per_sample: bool | int = False,
     every: int = 1,
     capacity: int = 256,
+    gradients: bool = False,
     codebook: Codebook | None = None,
     logits: str | Callable[[Any], Any] | None = None,
     output: Callable[[Any], Any] | None = None,
@@ -65,6 +67,7 @@ def wrap(
             which compiled code has to know; eager code makes room as needed.
         every: observe every n-th forward; `wrapped.every` changes it later.
         capacity: steps the ring holds; totals and soulprint cover the whole run regardless.
+        gradients: keep a row for the gradient by each layer's output too, see `wrapped.gradients()`; in eager code.
         codebook: have layers keep what `calibrate`, `surprise` and `coding_loss` need.
         logits: the module whose output are the logits, by name, or a callable from the model's output to them;
             how unsure they are then counts towards surprise.
@@ -93,6 +96,8 @@ def wrap(
     check_codebook(codebook, logits)
     if output is not None and not callable(output):
         raise BadType(f"output={output!r}", "a callable from a layer's output to a tensor", "Leave output out")
+    if not isinstance(gradients, bool):
+        raise BadType(f"gradients={gradients!r}", "True or False", "Leave gradients out for none")
     samples = FIRST_SAMPLES if per_sample is True else per_sample
     _check_numbers(every=every, capacity=capacity, per_sample=1 if samples is False else samples)
     called, root, roots, pipeline = resolve(model)
@@ -103,6 +108,7 @@ def wrap(
         "per_sample": per_sample,
         "every": every,
         "capacity": capacity,
+        "gradients": gradients,
         "codebook": codebook,
         "logits": logits,
         "output": output,
@@ -119,15 +125,11 @@ def wrap(
                 "Call unwrap() on the container first",
             )
         return Wrapped(called, root, already, pipeline)
-    recorder = Recorder(
-        settings["layers"],
-        _device(root),
-        capacity=capacity,
-        samples=int(samples),
-        every=every,
-        stats=kept_stats,
-        settings=settings,
-    )
+    names, device = settings["layers"], _device(root)
+    given: dict[str, Any] = {"capacity": capacity, "samples": int(samples), "every": every, "stats": kept_stats}
+    recorder = Recorder(names, device, **given, settings=settings)
+    if gradients:
+        recorder.gradients = GradientRecorder(names, device, **given, settings={})
     recorder.follow(routers(root, chosen))
     if codebook is not None:
         recorder.coder = Coder(codebook, recorder.banks[0].device, logits if callable(logits) else None)
@@ -148,6 +150,7 @@ def _observe(
     logits: nn.Module | None,
 ) -> None:
     coder = recorder.coder
+    gradients = recorder.gradients if isinstance(recorder.gradients, GradientRecorder) else None
     sites: dict[int, tuple[nn.Module, Site]] = {id(root): (root, Site(recorder)) for root in roots}
     for root, site in sites.values():
         site.root = True
@@ -162,6 +165,7 @@ def _observe(
         _, site = sites.setdefault(id(module), (module, Site(recorder)))
         site.index, site.name, site.places = index, name, recorder.places[index]
         site.pick, site.stream = output, stream_index(module)
+        site.gradients = gradients
         site.router = by_name.get(name)
         site.looks = True
         if coder is not None and module is not logits:
@@ -251,7 +255,40 @@ class Wrapped(Judging, nn.Module):
         Raises:
             NoesisError: when ranks do not come in time, by number.
         """
-        trace: Trace = self._recorder.trace()
+        return self._told(self._recorder.trace(), group, timeout)
+
+    def gradients(self, *, group: ProcessGroup | None = None, timeout: float = 60.0) -> Trace:
+        """The same of the gradients by each layer's output, with `wrap(..., gradients=True)`.
+
+        A step is a forward, as in `trace()`; its row is of all backward passes through it. Layers whose output no
+        gradient was asked for are among `never_ran`. With a `GradScaler`, gradients are those of the scaled loss.
+
+        Args:
+            group: merge over these ranks, as in `trace`.
+            timeout: seconds to wait for the other ranks.
+
+        Raises:
+            NoesisError: without `gradients=True`.
+
+        Example:
+            >>> import torch, noesis
+            >>> wrapped = noesis.wrap(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)), gradients=True)
+            >>> wrapped(torch.ones(3, 4)).sum().backward()
+            >>> wrapped.gradients()["mean"][0, 1]
+            1.0
+        """
+        if self._recorder.gradients is None:
+            raise WrongState(
+                "Gradients are not observed", "a model that is wrapped for it", "wrap(..., gradients=True)"
+            )
+        trace: Trace = self._recorder.gradients.trace()
+        trace.meta |= {**self._recorder.meta, "of": "gradients"}
+        if self._recorder.on_device:
+            for name in trace.never_ran:
+                trace.unmeasured[name] = "no gradient that eager code gave: compiled code gives none"
+        return self._told(trace, group, timeout)
+
+    def _told(self, trace: Trace, group: ProcessGroup | None, timeout: float) -> Trace:
         for name in trace.layers:
             if self._replaced(name):
                 trace.unmeasured[name] = "another module took its place after wrapping; unwrap and wrap again"
@@ -289,10 +326,9 @@ class Wrapped(Judging, nn.Module):
         Raises:
             NoesisError: while paused, or when `every` leaves this forward out.
         """
-        forwards = self._recorder.read().forwards
+        forwards, _ = self._recorder.counted()
         output = self.model(*args, **kwargs)
-        trace = self.trace()
-        latest = trace.at(trace.steps >= forwards)
+        latest = self._recorder.trace(since=forwards)
         if not len(latest):
             raise WrongState(
                 "This forward was not observed", "a forward that is", "Leave paused(), or wrap with every=1"
@@ -338,15 +374,26 @@ class Wrapped(Judging, nn.Module):
         """
         from .integrations.loggers import writer
 
-        write, trace, forwards = writer(target), self.trace(), self._forwards()
-        if not len(trace) or trace.steps[-1] != forwards - 1:
+        write, forwards = writer(target), self._forwards()
+        trace = self._latest(self._recorder, forwards)
+        if not len(trace):
             return {}
         coder = self._recorder.coder
         books = {} if coder is None else coder.books
         judged = coder is not None and coder.left(forwards) and all(book.ready for book in books.values())
         found = scalars(trace, self.surprise() if judged else None, books, layers=layers, stats=stats)
+        if self._recorder.gradients is not None:
+            gradients = self._latest(self._recorder.gradients, forwards)
+            if len(gradients) and gradients.calls.any():
+                found |= under("gradients", scalars(gradients, layers=layers, stats=stats))
         write(found, forwards - 1 if step is None else step)
         return found
+
+    @staticmethod
+    def _latest(recorder: Recorder, forwards: int) -> Trace:
+        """The step of the latest forward, if it was observed, and not what was called since."""
+        trace: Trace = recorder.trace(since=forwards - 1)
+        return trace.at(trace.steps == forwards - 1)
 
     # ------------------------------------------------------------ runs
 
