@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
 import noesis
@@ -257,6 +258,22 @@ def test_samples_stand_side_by_side(four: Path) -> None:
         np.testing.assert_array_equal(sample.calls[: len(expected)], expected.calls)
     assert whole.samples[4]["count"][6].tolist() == [0, 0, 0]  # rank 1 had six steps
     np.testing.assert_allclose(whole.values, merged(four, "uneven", 4).values[..., :7], rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_that_was_resumed(four: Path) -> None:
+    whole, full = merged(four, "resumed", 4), merged(four, "uneven", 4)
+    assert (whole.dropped_steps, whole.steps.tolist()) == (3, [0, 1, 2, 3])
+    np.testing.assert_allclose(whole.totals, full.totals[:, :7], rtol=1e-12)
+    np.testing.assert_allclose(whole.averages, full.averages, rtol=1e-12)
+    np.testing.assert_allclose(whole.values, full.values[3:, :, :7], rtol=1e-12)
+
+
+def test_a_checkpoint_of_four_ranks_is_resumed_by_one(four: Path) -> None:
+    wrapped = noesis.wrap(script("four").Sometimes(), layers="linear")
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.load({"noesis": noesis.RunState(wrapped)}, checkpoint_id=four / "checkpoint")
+    assert wrapped.trace().dropped_steps == 3
+    assert wrapped.trace().totals[0, 0] == 3 * (3 + 6 + 9) * 8
 
 
 def test_stages_of_a_pipeline(four: Path) -> None:

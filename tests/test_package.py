@@ -32,6 +32,7 @@ PUBLIC = [
     "NoesisWarning",
     "Observed",
     "Routes",
+    "RunState",
     "Soulprint",
     "Surprise",
     "TokenDeltas",

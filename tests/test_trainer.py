@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from language_models import build, prompts
@@ -102,6 +103,19 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     assert losses(again) == losses(whole)
     assert len(wrapped.trace()) == 2
     assert equal(wrapped.state_dict(), whole.model.state_dict())
+
+
+def test_totals_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    whole, first, again = (noesis.wrap(build("llama"), gradients=True) for _ in range(3))
+    for wrapped, folder, options in ((whole, "whole", {}), (first, "run", {"max_steps": 2}), (again, "run", {})):
+        resume = wrapped is again
+        callbacks = [NoesisCallback(wrapped)]
+        options |= {"lr_scheduler_type": "constant"}
+        trainer(wrapped, tmp_path / folder, callbacks=callbacks, **options).train(resume_from_checkpoint=resume)
+    for one, other in ((whole.trace(), again.trace()), (whole.gradients(), again.gradients())):
+        np.testing.assert_allclose(one.totals, other.totals, rtol=1e-12)
+        np.testing.assert_allclose(one.averages, other.averages, rtol=1e-12)
+        assert (len(other), other.dropped_steps) == (2, 2)
 
 
 def test_labels_of_a_classifier_and_evaluation(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .errors import NoesisError
     from .observing import Observed
     from .routes import Routes
+    from .run_state import RunState
     from .soulprint import Soulprint
     from .surprise import Surprise
     from .tokens import TokenDeltas, token_deltas
@@ -42,6 +43,7 @@ __all__ = [
     "NoesisWarning",
     "Observed",
     "Routes",
+    "RunState",
     "Soulprint",
     "Surprise",
     "TokenDeltas",
@@ -68,6 +70,7 @@ _HOMES = {
     "NoesisWarning": "alarms",
     "Observed": "observing",
     "Routes": "routes",
+    "RunState": "run_state",
     "Soulprint": "soulprint",
     "Surprise": "surprise",
     "TokenDeltas": "tokens",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from .codebook import LayerCodebook
 from .coder import Coder
 from .errors import BadFile, BadValue, WrongState
 
-KIND = "calibration"
+KIND, CODES = "calibration", "codebooks"
 #: What is written of each layer's codebook.
 PARTS = ("projection", "codes", "centre", "whiten", "log_weights", "constant", "residual", "norm", "counts")
 SETTINGS = ("size", "dim", "positions", "mask")
@@ -51,16 +53,54 @@ def written_calibration(coder: Coder) -> tuple[files.Arrays, dict[str, Any]]:
     return arrays, header
 
 
+def pack_codes(coder: Coder) -> dict[str, bytes]:
+    """The bytes of a calibration's file; where codebooks only learned, theirs alone; or nothing."""
+    if coder.calibration is not None:
+        return {KIND: files.pack_tensors(KIND, *written_calibration(coder))}
+    ready = {name: book for name, book in coder.books.items() if book.ready}
+    if not ready:
+        return {}
+    parts = enumerate(ready.values())
+    arrays = {f"{index}.{part}": array for index, book in parts for part, array in book.arrays().items()}
+    return {CODES: files.pack_tensors(CODES, arrays, {"layers": list(ready)})}
+
+
+def unpack_codes(coder: Coder, packed: dict[str, bytes], where: str) -> None:
+    """Take what `pack_codes` gave; errors call it `where`.
+
+    Raises:
+        NoesisError: when it is broken, or of other layers, widths or settings.
+    """
+    if KIND in packed:
+        _adopt(coder, *files.parse_tensors(packed[KIND], KIND, where), where)
+    if CODES in packed:
+        arrays, header = files.parse_tensors(packed[CODES], CODES, where)
+        with _broken(where):
+            books = {name: _book(coder, index, name, arrays) for index, name in enumerate(_names(header["layers"]))}
+        _check_books(coder, books)
+        coder.take(books)
+
+
 def load_calibration(coder: Coder, path: files.PathLike) -> Calibration:
     """Take what a file holds, if it is of these layers."""
-    arrays, header = files.load_tensors(path, KIND)
-    try:
+    return _adopt(coder, *files.load_tensors(path, KIND), path)
+
+
+def _adopt(coder: Coder, arrays: files.Arrays, header: dict[str, Any], path: files.PathLike) -> Calibration:
+    with _broken(path):
         calibration, books = read_calibration(coder, arrays, header)
-    except (KeyError, ValueError, TypeError, IndexError, RuntimeError, AttributeError, OverflowError) as error:
-        raise BadFile(f"{path} is broken: {error!r}", "a file that save_calibration wrote", "Calibrate again") from None
-    _check(coder, calibration, books, header)
+    _check_books(coder, books)
+    _check(coder, calibration, header)
     coder.adopt(books, calibration)
     return calibration
+
+
+@contextmanager
+def _broken(path: files.PathLike) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, ValueError, TypeError, IndexError, RuntimeError, AttributeError, OverflowError) as error:
+        raise BadFile(f"{path} is broken: {error!r}", "a file that save_calibration wrote", "Calibrate again") from None
 
 
 def read_calibration(
@@ -74,11 +114,7 @@ def read_calibration(
     scores = _sorted(arrays["scores"])
     if min(fit, rank) < 1 or last != len(scores):
         raise ValueError(f"{len(scores)} scores of {last} samples")
-    books = {}
-    for index, name in enumerate(names):
-        book = LayerCodebook(coder.settings, torch.device("cpu"))
-        book.restore(_parts(index, name, arrays))
-        books[name] = book
+    books = {name: _book(coder, index, name, arrays) for index, name in enumerate(names)}
     classes = header["classes"]
     calibration = Calibration(
         names,
@@ -92,6 +128,12 @@ def read_calibration(
     if classes is not None and OTHERS not in classes:
         raise ValueError("classes without the others")
     return calibration, books
+
+
+def _book(coder: Coder, index: int, name: str, arrays: files.Arrays) -> LayerCodebook:
+    book = LayerCodebook(coder.settings, torch.device("cpu"))
+    book.restore(_parts(index, name, arrays))
+    return book
 
 
 def _names(given: Any) -> list[str]:
@@ -127,8 +169,8 @@ def _parts(index: int, name: str, arrays: files.Arrays) -> files.Arrays:
     return parts
 
 
-def _check(coder: Coder, calibration: Calibration, books: dict[str, LayerCodebook], header: dict[str, Any]) -> None:
-    strange = [name for name in calibration.layers if name not in coder.channels]
+def _check_books(coder: Coder, books: dict[str, LayerCodebook]) -> None:
+    strange = [name for name in books if name not in coder.channels]
     if strange:
         raise BadValue(
             f"The calibration is of the layer {strange[0]}, which is not observed here",
@@ -139,6 +181,9 @@ def _check(coder: Coder, calibration: Calibration, books: dict[str, LayerCodeboo
         buffer = coder.channels[name].buffer
         if buffer is not None:
             book.check(name, buffer.shape[1])
+
+
+def _check(coder: Coder, calibration: Calibration, header: dict[str, Any]) -> None:
     if (calibration.doubt is None) != (coder.doubt is None):
         said = "without logits" if calibration.doubt is None else "with logits"
         raise BadValue(f"The calibration was made {said}", "the same here", "Wrap with the same logits= as then")

@@ -364,13 +364,17 @@ class Coder:
         return [*earlier[:-1], last] if last == self.head else [*earlier, last]
 
     def adopt(self, books: dict[str, LayerCodebook], calibration: Calibration) -> None:
-        """Take codebooks and what is normal for them; parameters stay the objects that an optimiser may hold."""
+        """Take codebooks and what is normal for them."""
+        self.take(books)
+        self.calibration = calibration
+
+    def take(self, books: dict[str, LayerCodebook]) -> None:
+        """Take codebooks; parameters stay the objects that an optimiser may hold."""
         for name, book in books.items():
             device = self.books[name].centre.device
             buffer = self.channels[name].buffer
             self.books[name].restore(book.arrays())
             self.books[name].to(device if buffer is None else buffer.device)
-        self.calibration = calibration
 
     def _fitted(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -67,11 +68,19 @@ def merge(traces: Sequence[Trace]) -> Trace:
     return _merged([_outline(trace) for trace in traces], lambda of: np.stack([of(trace) for trace in traces]))
 
 
-def merge_over(trace: Trace, group: ProcessGroup, timeout: float) -> Trace:
-    """The same over the ranks of a group, each of which has its own trace; all get the same."""
+def merge_over(trace: Trace, earlier: Trace | None, group: ProcessGroup, timeout: float) -> Trace:
+    """The same over the ranks of a group, each of which has its own trace; all get the same.
+
+    `earlier` is what a rank has of the run before it was resumed.
+    """
     ranks = Ranks(group, timeout)
     ranks.check_in("trace or soulprint")
-    return _merged(ranks.tell(_outline(trace)), lambda of: ranks.gather(of(trace)))
+    outlines = ranks.tell({**_outline(trace), "resumed": earlier is not None})
+    whole = _merged(outlines, lambda of: ranks.gather(of(trace)))
+    if not any(outline["resumed"] for outline in outlines):
+        return whole
+    before = replace(trace.at([False] * len(trace)), samples=[]) if earlier is None else earlier
+    return whole.after(_merged(ranks.tell(_outline(before)), lambda of: ranks.gather(of(before))))
 
 
 def _outline(trace: Trace) -> dict[str, Any]:

@@ -64,15 +64,25 @@ def read_bytes(path: PathLike) -> bytes:
 
 def save_tensors(path: PathLike, kind: str, arrays: Arrays, header: dict[str, Any]) -> Path:
     """Write arrays and a JSON header to a `.safetensors` file of the given kind."""
+    return write_bytes(path, pack_tensors(kind, arrays, header))
+
+
+def pack_tensors(kind: str, arrays: Arrays, header: dict[str, Any]) -> bytes:
+    """The bytes of such a file."""
     full = {"format": f"noesis.{kind}", "format_version": FORMAT_VERSION, **header}
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     # safetensors metadata maps strings to strings, so the header travels as one JSON string.
-    return write_bytes(path, pack_safetensors(contiguous, {"noesis": dump_json(full)}))
+    packed: bytes = pack_safetensors(contiguous, {"noesis": dump_json(full)})
+    return packed
 
 
 def load_tensors(path: PathLike, kind: str) -> tuple[Arrays, dict[str, Any]]:
     """Read back what `save_tensors` wrote; returns the arrays and the header."""
-    data = read_bytes(path)
+    return parse_tensors(read_bytes(path), kind, path)
+
+
+def parse_tensors(data: bytes, kind: str, path: PathLike) -> tuple[Arrays, dict[str, Any]]:
+    """The same from bytes; `path` is what errors call them."""
     try:
         length = struct.unpack("<Q", data[:8])[0]
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})

@@ -242,6 +242,7 @@ class Recorder:
         self.named_run = False  # inside `with wrapped.run(...)`
         self.branch_of: Callable[[int], str | None] | None = None  # a pipeline's word on a forward with a batch
         self.coder: Coder | None = None
+        self.earlier: Trace | None = None  # the totals of the run before it was resumed
         self.gradients: Recorder | None = None  # of gradients, whose steps begin with these
         self.aside: dict[torch.device, Tensor] | None = None  # a control block per device, where forwards leave no mark
         self.aside_forwards = 0
@@ -431,6 +432,7 @@ class Recorder:
         self.branch = None
         if self.gradients is not None:
             self.gradients.reset(meta)
+        self.earlier = None
         self.given = meta
         self.meta = {"run": uuid.uuid4().hex[:12], **self.base_meta, **meta}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -275,6 +275,11 @@ class Trace:
         value = files.read_json(path)
         if v01.looks_like(value):
             return cls._from_v01(v01.read_run(path, run))
+        return cls.from_json(value, path)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any], path: Path | str) -> Trace:
+        """From the JSON object of `to_json`; `path` is what errors call it."""
         return cls._from_payload(files.check_header(value, "trace", path), path)
 
     def to_json(self) -> str:
@@ -299,11 +304,24 @@ class Trace:
             arrays |= sample._arrays(f"sample{index}.")
         return arrays
 
+    def after(self, earlier: Trace) -> Trace:
+        """The same run with what came before it, of which only the totals are kept; layers and statistics are alike."""
+        order = [earlier.layers.index(name) for name in self.layers]
+        stats = [earlier.stats.index(name) for name in self.stats]
+        parts = [fields_of(totals, self.stats) for totals in (earlier.totals[np.ix_(order, stats)], self.totals)]
+        return replace(
+            self,
+            totals=stats_of(rows.combine(np.stack(parts)), self.stats),
+            averages=earlier.averages[order] + self.averages,
+            dropped_steps=earlier.dropped_steps + self.dropped_steps,
+            meta={**self.meta, "resumed": earlier.meta.get("run")},
+        )
+
     def _payload(self) -> dict[str, Any]:
         return {**self._header(), "arrays": {name: array.tolist() for name, array in self._arrays().items()}}
 
     @classmethod
-    def _from_payload(cls, payload: dict[str, Any], path: Path) -> Trace:
+    def _from_payload(cls, payload: dict[str, Any], path: Path | str) -> Trace:
         try:
             arrays = {name: np.asarray(value, dtype=np.float64) for name, value in payload["arrays"].items()}
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -311,7 +329,7 @@ class Trace:
         return cls._from_arrays(arrays, payload, path)
 
     @classmethod
-    def _from_arrays(cls, arrays: files.Arrays, header: dict[str, Any], path: Path, prefix: str = "") -> Trace:
+    def _from_arrays(cls, arrays: files.Arrays, header: dict[str, Any], path: Path | str, prefix: str = "") -> Trace:
         try:
             layers, stats = [str(name) for name in header["layers"]], tuple(str(name) for name in header["stats"])
             values = arrays[prefix + "values"].astype(np.float64)
@@ -436,7 +454,7 @@ def _whole(array: Floats, name: str) -> Ints:
     return array.astype(np.int64)
 
 
-def _broken(path: Path, error: Exception) -> BadFile:
+def _broken(path: Path | str, error: Exception) -> BadFile:
     return BadFile(
         f"{path} is not a valid trace ({type(error).__name__}: {error})",
         "a file written by Trace.save",

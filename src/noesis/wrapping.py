@@ -255,7 +255,7 @@ class Wrapped(Judging, nn.Module):
         Raises:
             NoesisError: when ranks do not come in time, by number.
         """
-        return self._told(self._recorder.trace(), group, timeout)
+        return self._told(self._recorder.trace(), self._recorder.earlier, group, timeout)
 
     def gradients(self, *, group: ProcessGroup | None = None, timeout: float = 60.0) -> Trace:
         """The same of the gradients by each layer's output, with `wrap(..., gradients=True)`.
@@ -274,7 +274,7 @@ class Wrapped(Judging, nn.Module):
             >>> import torch, noesis
             >>> wrapped = noesis.wrap(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)), gradients=True)
             >>> wrapped(torch.ones(3, 4)).sum().backward()
-            >>> wrapped.gradients()["mean"][0, 1]
+            >>> wrapped.gradients().layer("1")[0, 1].item()  # the mean of the first step
             1.0
         """
         if self._recorder.gradients is None:
@@ -286,16 +286,16 @@ class Wrapped(Judging, nn.Module):
         if self._recorder.on_device:
             for name in trace.never_ran:
                 trace.unmeasured[name] = "no gradient that eager code gave: compiled code gives none"
-        return self._told(trace, group, timeout)
+        return self._told(trace, self._recorder.gradients.earlier, group, timeout)
 
-    def _told(self, trace: Trace, group: ProcessGroup | None, timeout: float) -> Trace:
+    def _told(self, trace: Trace, earlier: Trace | None, group: ProcessGroup | None, timeout: float) -> Trace:
         for name in trace.layers:
             if self._replaced(name):
                 trace.unmeasured[name] = "another module took its place after wrapping; unwrap and wrap again"
         if group is None:
-            return trace
+            return trace if earlier is None else trace.after(earlier)
         with undisturbed():
-            return merge_over(trace, group, timeout)
+            return merge_over(trace, earlier, group, timeout)
 
     def routes(self) -> Routes:
         """Where the routers of a Mixture-of-Experts model sent the run's tokens.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 import noesis
@@ -38,6 +39,20 @@ def uneven(rank: int, **settings) -> noesis.Wrapped:
     """Seven steps, six on rank 1, none on rank 3; one layer runs on rank 2 alone, and then at every other step."""
     wrapped = noesis.wrap(Sometimes(), layers="linear", **settings)
     for step in range({1: 6, 3: 0}.get(rank, 7)):
+        wrapped(batch(step, rank, 3 * (rank + 1)), other=rank == 2 and step % 2 == 0)
+    return wrapped
+
+
+def resumed(rank: int, checkpoint: Path) -> noesis.Wrapped:
+    """The same seven steps, with a checkpoint after the third, and other processes from there on."""
+    wrapped = noesis.wrap(Sometimes(), layers="linear")
+    for step in range({3: 0}.get(rank, 3)):
+        wrapped(batch(step, rank, 3 * (rank + 1)), other=rank == 2 and step % 2 == 0)
+    dcp.save({"noesis": noesis.RunState(wrapped, dist.group.WORLD)}, checkpoint_id=checkpoint)
+    wrapped.unwrap()
+    wrapped = noesis.wrap(Sometimes(), layers="linear")
+    dcp.load({"noesis": noesis.RunState(wrapped, dist.group.WORLD)}, checkpoint_id=checkpoint)
+    for step in range(3, {1: 6, 3: 0}.get(rank, 7)):
         wrapped(batch(step, rank, 3 * (rank + 1)), other=rank == 2 and step % 2 == 0)
     return wrapped
 
@@ -73,6 +88,7 @@ def main(folder: Path) -> None:
     keep("ring", uneven(rank, capacity=4))
     keep("samples", uneven(rank, per_sample=4))
     keep("stages", stage(rank))
+    keep("resumed", resumed(rank, folder / "checkpoint"))
     some = dist.new_group([1, 2])
     if rank in (1, 2):
         plain.trace(group=some).save(folder / f"some.{rank}.safetensors")

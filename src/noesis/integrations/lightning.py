@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
-from ..errors import BadValue
-from ..kernels import rows
-from ..trace import Trace, fields_of, stats_of
+from ..run_state import RunState
 from .callbacks import Callback
 
 
@@ -42,7 +39,6 @@ class NoesisCallback(Callback):
 
     state_key = _legacy_state_key = "noesis.NoesisCallback"
     _read_at = 0  # the optimizer's step; those of accumulated gradients come several times
-    _before: dict[str, Any] | None = None  # the totals of the run that is resumed
 
     def on_train_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
         """Log and look for alarms, if it is time to."""
@@ -71,47 +67,19 @@ class NoesisCallback(Callback):
 
     # ------------------------------------------------------------ checkpoints
 
-    def trace(self) -> Trace:
-        """The trace, whose totals and soulprint also cover the run before the checkpoint that was resumed.
-
-        Its steps are those since then; `dropped_steps` counts the earlier ones too.
-        """
-        trace = self.wrapped.trace()
-        before = self._before
-        if before is not None:
-            parts = [fields_of(totals, trace.stats) for totals in (before["totals"].numpy(), trace.totals)]
-            trace.totals = stats_of(rows.combine(np.stack(parts)), trace.stats)
-            trace.averages = before["averages"].numpy() + trace.averages
-            trace.dropped_steps += before["steps"]
-        return trace
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: layers, statistics, totals [layers, stats], averages [layers, 3], steps."""
-        trace = self.trace()
-        return {
-            "layers": trace.layers,
-            "stats": list(trace.stats),
-            "totals": torch.from_numpy(trace.totals.copy()),
-            "averages": torch.from_numpy(trace.averages.copy()),
-            "steps": trace.dropped_steps + len(trace),
-        }
+    def state_dict(self) -> dict[str, str]:
+        """What a checkpoint keeps, see `noesis.RunState`; of many processes that of the first, which saves it."""
+        return RunState(self.wrapped).state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what a checkpoint kept.
+        """Go on from what a checkpoint kept; of many processes the first has the totals.
 
         Raises:
             NoesisError: when it is of other layers or statistics.
         """
-        trace = self.wrapped.trace()
-        for what, ours in (("layers", trace.layers), ("stats", list(trace.stats))):
-            other = [name for name in state[what] if name not in ours] + [n for n in ours if n not in state[what]]
-            if other:
-                raise BadValue(
-                    f"The checkpoint has other {what} than the wrap: {other[0]!r} is in one of them alone",
-                    f"the same {what}",
-                    f"Wrap with the same {what}, or leave the callback out to resume without the totals",
-                )
-        self._before = dict(state)
+        RunState(self.wrapped).load_state_dict(state)
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+            self.wrapped.reset()
 
 
 class _Loggers:

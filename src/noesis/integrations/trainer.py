@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from loguru import logger
+
+from ..run_state import RunState
 from .callbacks import Callback
 
 
@@ -11,7 +15,7 @@ class NoesisCallback(Callback):
     """A callback for the Trainer of transformers, which logs what layers do and looks for alarms.
 
     Forwards of evaluations during training are not observed. In a run of many processes each looks at its own part
-    of the batch, and the first one logs.
+    of the batch, and the first one logs. Checkpoints hold the state of the run (`noesis.RunState`) in `noesis.json`.
 
     Args:
         wrapped: what `noesis.wrap` returned for the trainer's model.
@@ -39,6 +43,20 @@ class NoesisCallback(Callback):
         """Whether a target is a Trainer."""
         return hasattr(target, "callback_handler") and callable(getattr(target, "log", None))
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the totals of the run beside the checkpoint; each process its own."""
+        RunState(self.wrapped).save(_beside(args, state))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Go on from a checkpoint's totals, if training does from the checkpoint."""
+        if not state.global_step:
+            return
+        path = _beside(args, state)
+        if path.is_file():
+            RunState(self.wrapped).load(path)
+        else:
+            logger.warning("{} is not there, so totals begin at step {}", path, state.global_step)
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Go on observing after an evaluation."""
         self.resume()
@@ -61,6 +79,11 @@ class NoesisCallback(Callback):
         """Look for alarms in the last steps."""
         self.resume()
         self.look(None, state.global_step)
+
+
+def _beside(args: Any, state: Any) -> Path:
+    rank = f"_{args.process_index}" if args.process_index else ""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / f"noesis{rank}.json"
 
 
 class _Log:
