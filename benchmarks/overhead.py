@@ -9,7 +9,7 @@ model, with the quartiles.
 
 Modes: `eager`; `compiled` (`torch.compile`, one graph where possible); `reduce-overhead`
 (`torch.compile(mode="reduce-overhead")`, CUDA only); `graph` (a hand-captured CUDA graph of the
-eager step).
+eager step); `outputs` (no model: its layers' outputs alone are observed, see `outputs.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import outputs
 import torch
 import torch._dynamo
 from models import Bench, Size, Step
@@ -105,7 +106,7 @@ def graph(bench: Bench, module: nn.Module) -> tuple[Step, dict[str, Any]]:
 
 
 COPIES = itertools.count()
-MODES = {"eager": eager, "compiled": compiled, "reduce-overhead": reduce_overhead, "graph": graph}
+MODES = {"eager": eager, "outputs": eager, "compiled": compiled, "reduce-overhead": reduce_overhead, "graph": graph}
 GRAPHS = ("reduce-overhead", "graph")
 
 # ---------------------------------------------------------------- one case
@@ -127,7 +128,11 @@ def measure(
     variants |= {name: found for name, found in peering.items() if isinstance(found, Variant)}
     wrapped.reset()
     samples = interleave(
-        {name: variant.run for name, variant in variants.items()}, device=device, rounds=rounds, seconds=seconds
+        {name: variant.run for name, variant in variants.items()},
+        device=device,
+        rounds=rounds,
+        seconds=seconds,
+        by="noesis" if mode == "outputs" else None,  # bare calls cost next to nothing
     )
     told = against(samples.seconds)
     for name, variant in variants.items():
@@ -156,7 +161,7 @@ def with_peer(bench: Bench, mode: str, name: str, layers: list[str]) -> Variant 
     module = models.shared_copy(bench.module)
     peer = None
     try:
-        if mode != "eager" and PEERS[name].waits:
+        if mode not in ("eager", "outputs") and PEERS[name].waits:
             raise UnsuitableError("brings values to or from the host within a step: no graph can hold it")
         peer = attach(name, module, layers)
         run, count, facts = prepared(bench, mode, module, len(peer.layers))
@@ -248,7 +253,7 @@ def cases(options: argparse.Namespace, model: str) -> Iterator[dict[str, Any]]:
             facts = described(bench, layers, mode, options.device)
             try:
                 case = facts | measure(
-                    bench,
+                    outputs.of(bench, layers) if mode == "outputs" else bench,
                     layers,
                     mode,
                     options.peers,

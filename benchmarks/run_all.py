@@ -22,6 +22,7 @@ from timing import RESULTS, check_device, label
 HERE = Path(__file__).parent
 SDXL = "overhead.py --model sdxl --seconds 0.1 --layers"
 OVERHEAD = "overhead.py --model"
+LISTED = "mlp ffn resnet50 gpt2-train llama-decode llama-prefill sdxl"
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ CPU = (
     Task("overhead-llama-decode", f"{OVERHEAD} llama-decode --peers all --rounds 11", 600),
     Task("overhead-llama-prefill", f"{OVERHEAD} llama-prefill --peers all --rounds 7", 900),
     Task("overhead-sdxl", f"{OVERHEAD} sdxl --peers all --rounds 7", 1200),
+    Task("overhead-outputs", f"{OVERHEAD} {LISTED} --layers all --modes outputs --peers all --rounds 11", 1800),
+    Task("scaling-ranks", "scaling.py --ranks 8 64 1024", 300),
 )
 
 

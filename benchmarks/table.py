@@ -43,8 +43,10 @@ def render(folder: Path = RESULTS) -> str:
     for machine, files in by_machine(found.get("overhead", [])):
         cases = [case for file in files for case in file["cases"] if measured(case)]
         stacks = [case for case in cases if case["model"] == "stack"]
-        whole = [case for case in cases if case["model"] != "stack"]
+        alone = [case for case in cases if case["mode"] == "outputs"]
+        whole = [case for case in cases if case["model"] != "stack" and case["mode"] != "outputs"]
         parts += [f"{models_table(whole)}\n\n{machine}"] if whole else []
+        parts += [f"{alone_table(alone)}\n\n{machine}"] if alone else []
         parts += [f"{layers_table(stacks)}\n\n{machine}"] if stacks else []
     for machine, files in by_machine(found.get("kernel", [])):
         if files[0]["machine"]["kind"] == "cuda":  # elsewhere the copy is no ceiling
@@ -121,6 +123,24 @@ def beside(told: Found | None) -> str:
         return "failed" if "failed" in told else "n/a"
     note = f" ({told['layers']} layers)" if "note" in told else ""
     return f"{percent(told['overhead_percent'])}{note}"
+
+
+def alone_table(cases: list[Found]) -> str:
+    """What observing costs without the model, and its share of what each peer costs on the same outputs."""
+    peers = list(dict.fromkeys(name for case in cases for name in case["variants"]))
+    peers = [name for name in peers if name not in ("bare", "noesis", "control") and applies(name, cases)]
+    rows = []
+    for case in cases:
+        ours = case["variants"]["noesis"]
+        sizes = "".join(f", {name} {value}" for name, value in case["sizes"].items())
+        row = [f"{case['model']}{sizes}", f"{case['layers']} ({case['observed']})", duration(ours["added_seconds"])]
+        for name in peers:
+            told = case["variants"].get(name, {})
+            note = f", {told['layers']} layers" if "note" in told else ""
+            share = told.get("noesis_adds")
+            row.append(f"{ratio(share['share'], share['share_quartiles'])}{note}" if share else "n/a")
+        rows.append(row)
+    return markdown(["outputs of", "layers", "noesis", *(f"of {name}" for name in peers)], rows)
 
 
 def layers_table(cases: list[Found]) -> str:

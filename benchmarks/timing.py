@@ -44,13 +44,14 @@ def interleave(
     rounds: int,
     warmup: int = 3,
     seconds: float = 0.02,
+    by: str | None = None,
 ) -> Samples:
     """Run every variant once per round, for `rounds` rounds after `warmup` that are not counted.
 
-    A sample is as many iterations as the first variant needs for `seconds`, with the device idle
+    A sample is as many iterations as the first variant (or `by`) needs for `seconds`, with the device idle
     before and after it: what a user waits for, host and device together.
     """
-    first = next(iter(runs))
+    first = by or next(iter(runs))
     for run in runs.values():  # compile, allocate, fill caches
         sample(run, 1, device)
     inner = max(1, math.ceil(seconds / min(sample(runs[first], 1, device) for _ in range(3))))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -281,6 +282,33 @@ def test_overhead_writes_what_the_table_shows(script, tmp_path, capsys):
     assert table.percent(ours["overhead_percent"]) in text
     assert "| 1 | eager | 4 KB |" in text
     assert f"torch {torch.__version__}" in text
+
+
+def test_the_outputs_of_a_model_are_observed_without_it(script, tmp_path):
+    path, overhead = tmp_path / "alone.json", script("overhead")
+    common = ["--rounds", "2", "--seconds", "0.0001", "--modes", "outputs", "--json", str(path)]
+    overhead.main(["--model", "mlp", "--batch", "2", "--peers", "control", "hooks", "nervecode", *common])
+    (case,) = json.loads(path.read_text())["cases"]
+    assert case["variants"]["noesis"]["calls"] == case["observed"] == 5
+    assert case["variants"]["nervecode"]["layers"] == 3
+    assert "noesis_adds" in case["variants"]["hooks"]
+    text = script("table").render(tmp_path)
+    assert "| mlp, batch 2 | leaves (5) |" in text
+    assert "eager" not in text
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet50"])
+def test_stand_ins_return_what_the_layers_returned(script, name):
+    models, outputs = script("models"), script("outputs")
+    bench = models.build(name, "cpu", models.Size(batch=1, pixels=32))
+    alone = outputs.of(bench, "leaves")
+    wrapped, replayed = (
+        noesis.wrap(models.shared_copy(one.module), layers=one.layers["leaves"]) for one in (bench, alone)
+    )
+    for one, model in ((bench, wrapped), (alone, replayed)):
+        one.step(model)()
+    assert np.array_equal(wrapped.trace().values, replayed.trace().values)
+    assert np.array_equal(wrapped.trace().calls, replayed.trace().calls)
 
 
 def test_the_readme_says_what_the_results_say(script):
