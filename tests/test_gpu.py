@@ -71,8 +71,9 @@ def test_rows_and_outputs(dtype):
         assert [s["mean"][0, index] for s in trace.samples] == pytest.approx(out.flatten(1).mean(1).tolist(), abs=1e-6)
 
 
-def test_fifty_steps_without_a_host_sync():
-    wrapped = noesis.wrap(model().cuda(), layers="all", capacity=16)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_fifty_steps_without_a_host_sync(gradients):
+    wrapped = noesis.wrap(model().cuda(), layers="all", capacity=16, gradients=gradients)
     x = torch.randn(4, 3, 16, 16, device="cuda")
     wrapped(x).sum().backward()
     torch.cuda.synchronize()
@@ -86,6 +87,11 @@ def test_fifty_steps_without_a_host_sync():
     trace = wrapped.trace()
     assert trace.steps.tolist() == list(range(34, 50))
     assert (trace.values == trace.values[:1]).all()
+    if gradients:
+        found = wrapped.gradients()
+        assert found.steps.tolist() == trace.steps.tolist()
+        assert found["count"].tolist() == trace["count"].tolist()
+        assert (found["mean"][:, -1] == 1).all()
 
 
 def test_a_captured_graph_goes_on_recording():
