@@ -258,6 +258,11 @@ def test_no_activation_is_kept_alive() -> None:
         gc.enable()
 
 
+def test_outputs_are_saved_without_a_warning(tmp_path) -> None:
+    wrapped = noesis.wrap(nn.Sequential(nn.Linear(2, 3)), layers="0", gradients=True)
+    torch.save(wrapped(torch.ones(1, 2)), tmp_path / "output.pt")  # a warning is an error in these tests
+
+
 def test_copies_have_gradients_of_their_own() -> None:
     wrapped = noesis.wrap(nn.Sequential(nn.Linear(2, 3)), layers="0", gradients=True)
     wrapped(torch.ones(1, 2)).sum().backward()

@@ -14,6 +14,7 @@ from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import unserializable_hook
 
 from .coder import Channel
 from .errors import BadType, WrongState
@@ -123,7 +124,7 @@ class Site:
         def take(gradient: Tensor) -> None:
             self.take(gradient, gradients, mark)
 
-        x.register_hook(take)
+        x.register_hook(unserializable_hook(take))  # or torch would warn when the output is saved
 
     def take(self, gradient: Tensor, gradients: GradientRecorder, mark: Mark) -> None:
         """Have a gradient measured."""
