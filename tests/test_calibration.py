@@ -158,6 +158,16 @@ def test_a_few_bad_calibration_inputs_are_calibration_inputs_all_the_same():
     assert np.isfinite(fresh.score).all()
 
 
+def test_logits_that_are_not_finite_are_strange_on_both_sides():
+    made = coder(size=8, dim=4)
+    layers, logits = inputs(np.random.default_rng(0), 600)
+    made.calibrate({k: Collected(v) for k, v in layers.items()}, logits, None, False)
+    layers, logits = inputs(np.random.default_rng(1), 4)
+    logits[:3, 0] = np.inf, -np.inf, np.nan
+    assert judged(made, layers, logits).score.tolist()[:3] == [np.inf] * 3
+    assert np.isfinite(judged(made, layers, logits).score[3])
+
+
 def test_classes_have_p_values_of_their_own():
     calibration = Calibration(["a"], {"a": Ranks.of(np.arange(50.0))}, None, (1, 1, 40))
     predicted = np.array([0] * 30 + [1] * 8 + [2] * 25)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -11,8 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
+
+import noesis
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 
@@ -28,7 +32,8 @@ def _threads():
 @pytest.fixture
 def detection(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    parts = ("baselines", "metrics", "nervecode_baseline", "sets", "classifiers", "detector", "variants", "speed")
+    parts = ("baselines", "metrics", "nervecode_baseline", "sets", "blind_sets", "classifiers", "detector", "variants")
+    parts = (*parts, "speed")
     return types.SimpleNamespace(**{part: importlib.import_module(f"detection.{part}") for part in parts})
 
 
@@ -386,6 +391,53 @@ def test_the_stories_are_of_the_models_own_kind(detection, data, tmp_path):
     assert torch.equal(case.test, again.test)
 
 
+@pytest.mark.data
+@pytest.mark.parametrize("number", [5, 6])
+def test_the_blind_sets_are_what_they_say(detection, data, tmp_path, number):
+    build, seeds = detection.blind_sets.BLIND[number]
+    models = {5: detection.classifiers.SmallViT(), 6: detection.classifiers.CharGRU(96, 2)}
+    kept = {5: "mnist-vit-1", 6: "passages-gru-1"}[number]
+    safetensors.torch.save_file(models[number].state_dict(), tmp_path / f"{kept}.safetensors")  # trains for minutes
+    case, again = (build(1, data, tmp_path) for _ in range(2))
+    assert seeds == (0, 1, 2)
+    assert set(case.near) < set(case.out)
+    assert case.name in detection.detector.CALIBRATED_ON
+    assert all(torch.equal(case.out[name], again.out[name]) for name in case.out)
+    assert [len(case.fit), len(case.test), len(case.fit_labels), len(case.test_labels)] == [5000, 2000, 5000, 2000]
+    wrapped = noesis.wrap(case.model, layers="blocks")
+    assert set(case.blocks) <= set(wrapped.layers)
+    wrapped.unwrap()
+    found = detection.baselines.evaluate(
+        dataclasses.replace(case, fit=case.fit[:300], fit_labels=case.fit_labels[:300], test=case.test[:20], out={}),
+        nervecode=False,
+    )
+    assert all(scores["test"].isfinite().all() for scores in found.values())
+    shared = {tuple(row) for row in case.fit.flatten(1).tolist()} & {
+        tuple(row) for row in case.test.flatten(1).tolist()
+    }
+    assert not shared
+
+
+@pytest.mark.data
+def test_passages_are_of_both_authors_and_their_words_are_kept(detection, data, tmp_path):
+    sets = detection.blind_sets
+    safetensors.torch.save_file(
+        detection.classifiers.CharGRU(96, 2).state_dict(), tmp_path / "passages-gru-0.safetensors"
+    )
+    case = sets.passages(0, data, tmp_path)
+    assert case.test_labels.float().mean() == 0.5
+
+    def text(row: torch.Tensor) -> str:
+        return "".join(chr(code + 32) for code in row.tolist())
+
+    mixed, backwards = (case.out[name] for name in ("shuffled", "reversed"))
+    assert all(
+        sorted(text(one).split()) == sorted(text(other)[::-1].split())
+        for one, other in zip(mixed, backwards, strict=True)
+    )
+    assert "import" in "".join(text(row) for row in case.out["code"])
+
+
 # ---------------------------------------------------------------- noesis on a case
 
 
@@ -573,6 +625,19 @@ def test_the_summary_is_of_means(ood):
     assert target["auroc"]["met"] is True
     assert target["far_fpr95"]["met"] is (found["overall"]["noesis"]["far_fpr95"] <= energy / 2)
     assert {name: near["met"] for name, near in target["near"].items()} == {"a": True, "b": False}  # 2 points below
+
+
+def test_the_blind_figures_are_of_both_sets_and_all_methods(ood):
+    found = json.loads((SCRIPTS / "results" / "ood-blind-cpu.json").read_text())
+    cases = found["cases"]
+    assert found["script"] == "ood-blind"  # no part of the four sets' tables
+    assert [(case["set"], case["seed"]) for case in cases] == [(number, seed) for number in (5, 6) for seed in range(3)]
+    assert all({*NAMES, "nervecode", "nervecode recommended", "noesis"} <= set(case["figures"]) for case in cases)
+    assert json.loads(json.dumps(ood.summary(cases))) == found["summary"]
+    notes = (SCRIPTS / "NOTES.md").read_text(encoding="utf-8")
+    for name in ("mnist", "passages"):
+        outs = found["summary"]["sets"][name]["noesis"]["outs"]
+        assert " | ".join(f"{told['auroc']:.1f} / {told['fpr95']:.1f}" for told in outs.values()) in notes
 
 
 # ---------------------------------------------------------------- speed

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 import noesis
@@ -84,6 +87,42 @@ def test_no_sample_depends_on_the_others(wrapped: noesis.Wrapped) -> None:
     bad = torch.cat([x, torch.full((1, 1, 8, 8), torch.nan), x * 1e4])
     wrapped(bad)
     np.testing.assert_allclose(wrapped.surprise().score[:5], together.score, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("distinct", [1, 2, 5, 20])
+def test_rounding_makes_no_input_a_stranger(distinct: int) -> None:
+    """A batch of one is rounded otherwise than one of 64; with few distinct calibration inputs p is all or nothing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+    wrapped = noesis.wrap(model, layers="blocks", codebook=noesis.Codebook(), logits="4")
+    known, other = torch.randn(distinct, 64), torch.randn(9, 64)
+    wrapped.calibrate(list(known.repeat(600 // distinct, 1).split(64)), progress=False)
+
+    def judged(x: torch.Tensor, batch: int) -> np.ndarray:
+        found = []
+        for part in x.split(batch):
+            wrapped(part)
+            found.append(wrapped.surprise().p_value)
+        return np.concatenate(found)
+
+    whole = judged(known.repeat(64, 1)[:64], 64)[:distinct]
+    assert whole.mean() > 0.4
+    for batch in (1, 3):
+        np.testing.assert_allclose(judged(known, batch), whole)
+        assert (judged(other, batch) == 1 / 101).all()
+
+
+def test_coarser_rounding_is_not_allowed_for() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 10))
+    wrapped = noesis.wrap(model, layers="blocks", codebook=noesis.Codebook())
+    known = torch.randn(2, 64)
+    wrapped.calibrate(list(known.repeat(300, 1).split(60)), progress=False)
+    wrapped(known)
+    assert wrapped.surprise().p_value.min() > 0.3
+    with torch.autocast("cpu", torch.bfloat16):
+        wrapped(known)
+    assert (wrapped.surprise().p_value == 1 / 101).all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -166,6 +205,43 @@ def test_a_call_and_its_scores(wrapped: noesis.Wrapped) -> None:
     assert set(trace.surprise.layers) == {"conv", "deep", "input of head"}
 
 
+def test_a_call_too_small_to_be_judged_still_gives_its_output(net: Net) -> None:
+    wrapped = noesis.wrap(net, layers=LAYERS, codebook=noesis.Codebook(), logits="head")
+    output, trace = wrapped.forward_with_trace(normal(3, seed=1))
+    assert output.shape == (3, 3)
+    assert trace.surprise is None
+    assert len(trace) == 1
+    with pytest.raises(NoesisError, match="no codes yet, and 3 vectors of conv"):
+        wrapped.surprise()
+    assert wrapped.forward_with_trace(normal(40))[1].surprise is not None
+
+
+def test_train_mode_is_warned_of_once(wrapped: noesis.Wrapped, net: Net) -> None:
+    def judge() -> list[str]:
+        wrapped(normal(3))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            wrapped.surprise()
+        return [str(warning.message) for warning in caught if warning.category is noesis.NoesisWarning]
+
+    assert judge() == []
+    net.train()
+    net.norm.eval()
+    net.drop.p = 0.0
+    assert judge() == []  # nothing in it behaves otherwise
+    net.drop.p = 0.5
+    (said,) = judge()
+    assert said.startswith("drop is in train mode, and calibrate() ran in eval mode")
+    assert judge() == []
+    fresh = noesis.wrap(Net(), layers=LAYERS, codebook=noesis.Codebook())
+    fresh(normal(64))
+    fresh.surprise()  # without a calibration there is nothing to differ from
+    fresh.calibrate([normal(200)], progress=False)
+    fresh(normal(3))
+    with pytest.warns(noesis.NoesisWarning, match="norm is in train mode"):
+        fresh.surprise()
+
+
 # ---------------------------------------------------------------- calibrating
 
 
@@ -222,12 +298,13 @@ def test_other_batches_need_forward(net: Net) -> None:
         (normal(200), r"Pass \[batch\]"),
         (3, "an iterable of batches"),
         (["text"], "A batch is a str"),
+        ([normal(200)], r"calibrate\(forward=3\)"),
     ],
 )
 def test_bad_loaders(net: Net, loader, said: str) -> None:
     wrapped = noesis.wrap(net, layers=LAYERS, codebook=noesis.Codebook())
     with pytest.raises(NoesisError, match=said):
-        wrapped.calibrate(loader, progress=False)
+        wrapped.calibrate(loader, progress=False, forward=3 if "forward" in said else None)
     assert wrapped.calibration is None
 
 
@@ -300,6 +377,52 @@ def test_learning_on_makes_the_calibration_void(net: Net) -> None:
     wrapped.coding_loss()
     with pytest.raises(NoesisError, match="calibrate"):
         _ = wrapped.surprise().p_value
+
+
+def test_labels_do_not_go_with_codes_that_were_learned(net: Net) -> None:
+    x, labels = normal(300), torch.arange(300) % 5
+    wrapped = noesis.wrap(net, layers=LAYERS, codebook=noesis.Codebook(size=8, dim=4, learn="gradient"))
+    wrapped.calibrate([(x, labels)], labels=True, progress=False)  # nothing was learned
+    assert len(wrapped.codebooks["deep"].codes) == 5
+    with pytest.raises(NoesisError, match="labels=True, and codes that were learned"):
+        wrapped.calibrate([(x, labels)], labels=True, progress=False)
+
+
+def test_codes_that_an_optimiser_holds_keep_their_size(net: Net, wrapped: noesis.Wrapped, tmp_path) -> None:
+    path = wrapped.save_calibration(tmp_path / "calibration.safetensors")
+    wrapped.unwrap()
+    learning = noesis.wrap(net, layers=LAYERS, codebook=noesis.Codebook(size=8, dim=4, learn="ema"), logits="head")
+    learning(normal(64))
+    learning.coding_loss()
+    codes = learning.codebooks["conv"].codes
+    learning.codebook_parameters()
+    with pytest.raises(NoesisError, match=r"codes \[40, 12\] for conv, and an optimiser may hold \[8, 4\]"):
+        learning.load_calibration(path)
+    assert learning.codebooks["conv"].codes is codes
+    assert codes.shape == (8, 4)
+    learning.unwrap()
+    fresh = noesis.wrap(net, layers=LAYERS, codebook=noesis.Codebook(learn="ema"), logits="head")
+    parameters = fresh.codebook_parameters()
+    fresh.load_calibration(path)
+    assert parameters[1].shape == (40, 12)
+
+
+@pytest.mark.parametrize("learn", ["gradient", "ema"])
+def test_learning_may_begin_with_a_batch_of_one(learn: str) -> None:
+    torch.manual_seed(0)
+    wrapped = noesis.wrap(nn.Sequential(nn.Linear(16, 300)), codebook=noesis.Codebook(size=8, dim=4, learn=learn))
+    optimiser = torch.optim.Adam(wrapped.codebook_parameters(), lr=1e-2)
+    losses = []
+    for step in range(100):
+        wrapped(torch.randn(1 if step == 0 else 4, 16))
+        loss = wrapped.coding_loss()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert np.isfinite(losses).all()
+    assert max(losses) < 100  # one sample says nothing of how far others may be
+    assert np.mean(losses[-10:]) < np.mean(losses[1:11])
 
 
 def test_autocast_and_inference_mode_around_reading_change_nothing(net: Net) -> None:
@@ -505,6 +628,66 @@ def test_a_coding_loss_may_shape_the_model(net: Net) -> None:
         wrapped.coding_loss()
 
 
+class Checkpointed(nn.Module):
+    """Two layers, recomputed in the backward pass."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.a, self.b, self.reentrant = nn.Linear(4, 8), nn.Linear(8, 3), reentrant
+
+    def inner(self, x):
+        return self.b(self.a(x).relu_())  # in place: what follows a layer may write over its output
+
+    def forward(self, x):
+        if self.reentrant is None:
+            return self.inner(x)
+        return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_coding_loss_that_shapes_the_model_goes_with_checkpointing(tokens: bool) -> None:
+    x = torch.randn(*(16, 5, 4) if tokens else (16, 4))
+    gradients = []
+    for reentrant in (None, False):
+        torch.manual_seed(0)
+        model = Checkpointed(reentrant)
+        settings = noesis.Codebook(size=4, dim=2, learn="gradient", detach=False)
+        wrapped = noesis.wrap(model, layers=["a", "b"], codebook=settings)
+        for _ in range(2):
+            loss = wrapped(x).square().mean()
+            (loss + wrapped.coding_loss()).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        bare = Checkpointed(reentrant)
+        bare.load_state_dict(model.state_dict())
+        bare(x).square().mean().backward()
+        assert not torch.equal(bare.a.weight.grad, model.a.weight.grad / 2)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    wrapped = noesis.wrap(Checkpointed(True), layers=["a", "b"], codebook=settings)
+    wrapped(x.requires_grad_())
+    with pytest.raises(NoesisError, match="a left no vectors.*checkpoint with use_reentrant=False"):
+        wrapped.coding_loss()
+
+
+def test_a_coding_loss_keeps_nothing_longer_than_a_step() -> None:
+    model = Calls(nn.Linear(4, 6), lambda x: [x, 2 * x])
+    settings = noesis.Codebook(size=4, dim=2, learn="gradient", detach=False)
+    wrapped = noesis.wrap(model, layers="layer", codebook=settings)
+    channel = wrapped._recorder.coder.channels["layer"]
+    for _ in range(3):
+        x = torch.randn(40, 4)
+        wrapped(x)
+        assert len(channel.live) == 2
+        both = torch.stack(channel.live).mean(0)
+    torch.testing.assert_close(both, model.layer(1.5 * x))
+    wrapped.coding_loss()
+    assert channel.live == []
+    wrapped(x)
+    with torch.no_grad():
+        wrapped(x)
+    assert channel.live == []
+
+
 def test_codebooks_that_do_not_learn_say_so(wrapped: noesis.Wrapped) -> None:
     wrapped(normal(3))
     with pytest.raises(NoesisError, match='learn="gradient"'):
@@ -578,6 +761,22 @@ def test_compiled_code_keeps_the_same_vectors(wrapped: noesis.Wrapped, net: Net)
     torch.compiler.reset()
 
 
+def test_compiled_code_writes_no_vectors_of_another_width() -> None:
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(4, 4), nn.Identity())
+    wrapped = noesis.wrap(model, layers=["0", "1"], codebook=noesis.Codebook())
+    wrapped.calibrate([torch.randn(200, 4)], progress=False)
+    channel = wrapped._recorder.coder.channels["1"]
+    with torch.no_grad():
+        wrapped(torch.randn(3, 4))
+        channel.buffer.fill_(7.0)
+        torch.compile(model, backend="aot_eager")(torch.randn(3, 5, 4))
+    assert (channel.buffer == 7).all()
+    with pytest.raises(NoesisError, match="No layer left vectors"):
+        wrapped.surprise()
+    torch.compiler.reset()
+
+
 def test_compiled_before_it_ever_ran_it_says_what_to_do(net: Net) -> None:
     torch.compiler.reset()
     wrapped = noesis.wrap(net, layers=LAYERS, codebook=noesis.Codebook())
@@ -588,13 +787,93 @@ def test_compiled_before_it_ever_ran_it_says_what_to_do(net: Net) -> None:
     torch.compiler.reset()
 
 
-def test_layers_that_run_twice_are_averaged() -> None:
-    shared = nn.Linear(4, 4)
-    model = nn.Sequential(shared, nn.ReLU(), shared)
-    wrapped = noesis.wrap(model, layers="0", codebook=noesis.Codebook())
-    wrapped.calibrate([torch.randn(200, 4)], progress=False)
-    wrapped(torch.randn(3, 4))
-    assert len(wrapped.surprise()) == 3
+class Calls(nn.Module):
+    """One module, called with each of several inputs."""
+
+    def __init__(self, layer: nn.Module, cut: Callable[[torch.Tensor], list[torch.Tensor]]) -> None:
+        super().__init__()
+        self.layer, self.cut = layer, cut
+
+    def forward(self, x):
+        return torch.cat([self.layer(part).flatten(1) for part in self.cut(x)], 1)
+
+
+def vectors_of(wrapped: noesis.Wrapped, name: str = "layer") -> torch.Tensor:
+    """What is kept of a layer's latest forward."""
+    coder = wrapped._recorder.coder
+    kept = coder.kept(wrapped._forwards())[name]
+    return kept.vectors if kept.each is None else kept.each
+
+
+@pytest.mark.parametrize("positions", ["mean", "each"])
+def test_calls_of_a_layer_in_one_forward_are_averaged(positions: str) -> None:
+    model = Calls(nn.Linear(4, 6), lambda x: [x, 2 * x, x.flip(0)])
+    wrapped = noesis.wrap(model, layers="layer", codebook=noesis.Codebook(positions=positions))
+    wrapped.calibrate([torch.randn(200, 5, 4)], progress=False)
+    for samples in (3, 3, 2):
+        x = torch.randn(samples, 5, 4)
+        wrapped(x)
+        each = torch.stack([model.layer(part) for part in model.cut(x)])
+        expected = (
+            each.mean(0) if positions == "each" else torch.cat([each.mean(2), each.std(2, correction=0)], 2).mean(0)
+        )
+        torch.testing.assert_close(vectors_of(wrapped), expected.detach(), rtol=1e-4, atol=1e-5)
+        assert len(wrapped.surprise()) == samples
+
+
+@pytest.mark.parametrize(
+    ("positions", "shapes"),
+    [
+        ("mean", lambda x: [x.flatten(1), x]),
+        ("mean", lambda x: [x, x.flatten(1), x]),
+        ("each", lambda x: [x, x[:, :3]]),
+        ("each", lambda x: [x, x[:, :3], x]),
+        ("each", lambda x: [x, x.flatten(1)]),
+    ],
+)
+def test_calls_that_do_not_fit_together_leave_the_layer_out_by_name(positions: str, shapes) -> None:
+    model = nn.Sequential(nn.Identity(), Calls(nn.Identity(), lambda x: shapes(x) if x[0, 0, 0] < 50 else [x]))
+    wrapped = noesis.wrap(model, layers=["0", "1.layer"], codebook=noesis.Codebook(positions=positions))
+    said = []
+    from loguru import logger
+
+    logger.enable("noesis")
+    handler = logger.add(lambda message: said.append(message.record["message"]), level="WARNING")
+    try:
+        made = wrapped.calibrate([torch.randn(60, 5, 4) for _ in range(4)], progress=False)
+    finally:
+        logger.remove(handler)
+        logger.disable("noesis")
+    assert made.layers == ["0"]
+    why = "its calls in one forward gave outputs of different shapes, which have no mean"
+    assert f"1.layer is left out of the calibration: {why}" in said
+    for size, layers in ((0, {"0"}), (100, {"0", "1.layer"}), (0, {"0"})):  # of one call alone nothing is amiss
+        wrapped(torch.randn(2, 5, 4) + size)
+        assert set(wrapped._recorder.coder.kept(wrapped._forwards())) == layers
+
+
+def test_of_long_inputs_evenly_spaced_positions_are_coded_or_all_when_asked(tmp_path) -> None:
+    x = torch.randn(3, 400, 4)
+    x[1, 151] = 1e6  # one strange token, between those that are coded by default
+    found, path = {}, tmp_path / "calibration.safetensors"
+    for most in (256, 400):
+        wrapped = noesis.wrap(
+            nn.Sequential(nn.Identity()), layers="0", codebook=noesis.Codebook(positions="each", most_positions=most)
+        )
+        if most == 400:
+            with pytest.raises(NoesisError, match=r"made with Codebook\(most_positions=256\)"):
+                wrapped.load_calibration(path)
+        wrapped.calibrate(list(torch.randn(160, 400, 4).split(40)), progress=False)
+        wrapped.save_calibration(path)
+        wrapped(x)
+        found[most] = wrapped.surprise().layers["0"]
+        assert found[most].positions.shape == (3, most)
+        np.testing.assert_allclose(found[most].code_length, found[most].positions.mean(1))
+    assert found[256].p_value[1] > 1 / 27
+    assert found[400].p_value[1] == 1 / 27
+    assert found[400].positions[1].argmax() == 151
+    chosen = np.linspace(0, 399, 256).round().astype(int)
+    assert 151 not in chosen
 
 
 def test_a_number_per_sample_is_a_vector_too() -> None:
@@ -644,6 +923,7 @@ def test_settings_are_checked() -> None:
     for settings, said in (
         ({"size": 0}, "size=0"),
         ({"dim": 2.5}, "dim=2.5"),
+        ({"most_positions": 0}, "most_positions=0"),
         ({"positions": "all"}, "positions='all'"),
         ({"learn": True}, "learn=True"),
         ({"decay": 1.0}, "decay=1.0"),

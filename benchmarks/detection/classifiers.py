@@ -1,4 +1,4 @@
-"""The classifiers of the detection sets: the given ResNet-20, and two small ones that are trained here and kept."""
+"""The classifiers of the detection sets: the given ResNet-20, and small ones that are trained here and kept."""
 
 from __future__ import annotations
 
@@ -72,6 +72,55 @@ def perceptron() -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 8))
 
 
+class Attending(nn.Module):
+    """A transformer's block: attention and a perceptron, each behind a LayerNorm."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, tokens, width)
+        query, key, value = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class SmallViT(nn.Module):
+    """A vision transformer for 28 x 28 pictures: 49 patches and a class token; `norm` gives its 64 features."""
+
+    def __init__(self, width: int = 64, depth: int = 4, heads: int = 4, patch: int = 4) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(1, width, patch, patch)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.place = nn.Parameter(0.02 * torch.randn(1, (28 // patch) ** 2 + 1, width))
+        self.blocks = nn.ModuleList(Attending(width, heads) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.place
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x[:, 0]))
+
+
+class CharGRU(nn.Module):
+    """Two layers of a GRU over characters; `last` gives the 128 features of the last one."""
+
+    def __init__(self, characters: int, classes: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(characters, 32)
+        self.gru = nn.GRU(32, 128, num_layers=2, batch_first=True)
+        self.last, self.fc = nn.Identity(), nn.Linear(128, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, state = self.gru(self.embedding(x))
+        return self.fc(self.last(state[-1]))
+
+
 def resnet20(path: Path) -> ResNet20:
     """ResNet-20 with the weights of the file."""
     model = ResNet20()
@@ -83,7 +132,9 @@ def resnet20(path: Path) -> ResNet20:
     return model.eval()
 
 
-def trained(model: nn.Module, path: Path, inputs: Tensor, labels: Tensor, *, epochs: int, seed: int) -> nn.Module:
+def trained(
+    model: nn.Module, path: Path, inputs: Tensor, labels: Tensor, *, epochs: int, seed: int, rate: float = 5e-3
+) -> nn.Module:
     """The model with the weights of the file, or trained (Adam, one cycle of the learning rate) and then kept there."""
     if path.exists():
         model.load_state_dict(load_file(path))
@@ -91,7 +142,7 @@ def trained(model: nn.Module, path: Path, inputs: Tensor, labels: Tensor, *, epo
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.Adam(model.parameters(), weight_decay=1e-4)
     batch, steps = 64, epochs * -(-len(inputs) // 64)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=5e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=rate, total_steps=steps)
     model.train()
     for _ in range(epochs):
         for rows in torch.randperm(len(inputs), generator=generator).split(batch):

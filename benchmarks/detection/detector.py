@@ -24,6 +24,8 @@ CALIBRATED_ON = {
     "cifar10": "images the model was trained on",
     "fashion": "images the model was trained on",
     "digits": "images the model was trained on",
+    "mnist": "images the model was trained on",
+    "passages": "passages the model was trained on",
     "stories": "stories sampled from the model, as the test stories are",
 }
 

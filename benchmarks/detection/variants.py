@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import noesis
 from noesis.calibration import Doubt, Ranks, combine, split
 from noesis.codebook import LayerCodebook
+from noesis.coder import less
 from noesis.kernels.pooling import pooled
 from noesis.outputs import hidden_state
 
@@ -114,7 +115,8 @@ def scores(variant: Variant, names: list[str], sets: dict[str, Vectors], seed: i
         book.fit(undirected(x["fit"][learn], scale), generator)
         for name, values in x.items():
             coded = book.code(torch.from_numpy(undirected(values, scale)).float())
-            lengths[name].append(sum(getattr(coded, part).double() for part in variant.parts).numpy())
+            nats = sum(getattr(coded, part).double() for part in variant.parts).numpy()
+            lengths[name].append(nats if name == "fit" else less(nats, book))
         ranks.append(Ranks.of(lengths["fit"][-1][rank]))
     doubt = None
     if variant.doubt is not None:

@@ -12,13 +12,13 @@ from loguru import logger as _logger
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .alarms import Alarm, Alarms, NoesisWarning
+    from .alarms import Alarm, Alarms
     from .calibration import Calibration
     from .capture import Activations, capture
     from .codebook import Codebook
     from .comparison import Comparison, Divergence, compare
     from .drift import DriftMonitor
-    from .errors import NoesisError
+    from .errors import NoesisError, NoesisWarning
     from .observing import Observed
     from .routes import Routes
     from .run_state import RunState
@@ -67,7 +67,7 @@ _HOMES = {
     "Divergence": "comparison",
     "DriftMonitor": "drift",
     "NoesisError": "errors",
-    "NoesisWarning": "alarms",
+    "NoesisWarning": "errors",
     "Observed": "observing",
     "Routes": "routes",
     "RunState": "run_state",

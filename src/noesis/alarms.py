@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import BadType, BadValue, NoesisError
+from .errors import BadType, BadValue, NoesisError, NoesisWarning
 from .tables import counted
 from .trace import Trace
 from .wrapping import Wrapped
@@ -44,10 +44,6 @@ SIGMAS = 6.0
 PATIENCE = 10
 #: A standard deviation below this share of the rms is that of a constant in float32.
 CONSTANT = 1e-6
-
-
-class NoesisWarning(UserWarning):
-    """What `Alarms` warns with."""
 
 
 class AlarmRaised(NoesisError, RuntimeError):

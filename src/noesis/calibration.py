@@ -106,10 +106,10 @@ class Doubt:
         """Of minus the energies [n]."""
         return cls(Ranks.of(doubt), Ranks.of(-doubt))
 
-    def surprisal(self, doubt: Floats) -> Floats:
-        """In nats; as of a layer, and for confidence what exceeds -log 0.01."""
-        sure = self.sure.surprisal(-doubt) + math.log(OVERCONFIDENT)
-        both: Floats = self.unsure.surprisal(doubt) + np.maximum(sure, 0.0)
+    def surprisal(self, doubt: Floats, slack: Floats | float = 0.0) -> Floats:
+        """In nats; as of a layer, and for confidence what exceeds -log 0.01; less what may be rounding, the slack."""
+        sure = self.sure.surprisal(-doubt - slack) + math.log(OVERCONFIDENT)
+        both: Floats = self.unsure.surprisal(doubt - slack) + np.maximum(sure, 0.0)
         return both
 
 
@@ -167,8 +167,11 @@ class Calibration:
 
     def score(self, surprisals: Mapping[str, Floats], doubt: Floats | None) -> Floats:
         """The combined score [N] of the layers' surprisals and the logits' own measure."""
-        ranked = None if self.doubt is None or doubt is None else self.doubt.surprisal(doubt)
-        return combine(np.stack([surprisals[name] for name in self.counted if name in surprisals], 1), ranked)
+        return self.combined(surprisals, None if self.doubt is None or doubt is None else self.doubt.surprisal(doubt))
+
+    def combined(self, surprisals: Mapping[str, Floats], doubt: Floats | None) -> Floats:
+        """The same where the logits' measure is a surprisal already."""
+        return combine(np.stack([surprisals[name] for name in self.counted if name in surprisals], 1), doubt)
 
     def p_value(self, scores: Floats, predicted: Ints | None = None) -> Floats:
         """Conformal p-values [N] of combined scores; with classes, among those predicted alike."""

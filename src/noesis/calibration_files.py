@@ -12,14 +12,14 @@ import torch
 
 from . import files
 from .calibration import OTHERS, Calibration, Doubt, Ranks
-from .codebook import LayerCodebook
+from .codebook import Codebook, LayerCodebook
 from .coder import Coder
 from .errors import BadFile, BadValue, WrongState
 
 KIND, CODES = "calibration", "codebooks"
 #: What is written of each layer's codebook.
 PARTS = ("projection", "codes", "centre", "whiten", "log_weights", "constant", "residual", "norm", "counts")
-SETTINGS = ("size", "dim", "positions", "mask")
+SETTINGS = ("size", "dim", "positions", "most_positions", "mask")
 
 
 def save_calibration(coder: Coder, path: files.PathLike) -> Path:
@@ -181,14 +181,23 @@ def _check_books(coder: Coder, books: dict[str, LayerCodebook]) -> None:
         buffer = coder.channels[name].buffer
         if buffer is not None:
             book.check(name, buffer.shape[1])
+        own = coder.books[name]
+        if coder.handed_out and coder.learned() and own.ready and own.codes.shape != book.codes.shape:
+            raise BadValue(
+                f"There are codes {list(book.codes.shape)} for {name}, and an optimiser may hold "
+                f"{list(own.codes.shape)}, since codebook_parameters() gave them away",
+                "codes of the same size",
+                "Load into a new wrap, before its first batch, and make the optimiser after that",
+            )
 
 
 def _check(coder: Coder, calibration: Calibration, header: dict[str, Any]) -> None:
     if (calibration.doubt is None) != (coder.doubt is None):
         said = "without logits" if calibration.doubt is None else "with logits"
         raise BadValue(f"The calibration was made {said}", "the same here", "Wrap with the same logits= as then")
-    given = header["settings"]
-    differs = [name for name in ("positions", "mask") if given.get(name) != getattr(coder.settings, name)]
+    given = {"most_positions": Codebook.most_positions} | header["settings"]  # older files have none
+    compared = ("positions", "mask", *(["most_positions"] if coder.settings.positions == "each" else []))
+    differs = [name for name in compared if given.get(name) != getattr(coder.settings, name)]
     if differs:
         name = differs[0]
         raise BadValue(

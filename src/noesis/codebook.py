@@ -24,6 +24,10 @@ TINY = 1e-9
 RIDGE = 1e-3
 #: What is left of a vector in a code's count 1 / (1 - decay) losses later.
 USED = math.exp(-1)
+#: Two batch sizes give vectors that differ by rounding in about this share of their length, in float32.
+ROUNDING = 1e-5
+#: And differences of squares round by this share of the squares.
+ROUNDING_OF_SQUARES = 5e-7
 #: The log of a length varies by at least this much, or float32 would call rounding strange.
 LEAST_NORM_STD = 1e-3
 
@@ -37,6 +41,8 @@ class Codebook:
         dim: dimensions of the projection at most; never more than channels, nor than n / 4 beyond 8.
         positions: `"mean"` codes mean and standard deviation over the positions (tokens, pixels) of each sample;
             `"each"` codes every position and takes the mean of the code lengths, in eager code.
+        most_positions: with `"each"`, of a sample with more positions so many evenly spaced ones are coded. A forward
+            keeps them all in float32, and calibration no more samples than fit into 1 GiB.
         learn: False: `calibrate` fits the codes. `"gradient"`: `coding_loss()` trains codes and projection.
             `"ema"`: `coding_loss()` moves the codes towards the vectors they code.
         detach: whether `coding_loss()` leaves the model alone; False lets it shape the model.
@@ -58,6 +64,7 @@ class Codebook:
     size: int = 256
     dim: int = 64
     positions: Literal["mean", "each"] = "mean"
+    most_positions: int = 256
     learn: Literal[False, "gradient", "ema"] = False
     detach: bool = True
     decay: float = 0.99
@@ -65,7 +72,7 @@ class Codebook:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("size", "dim"):
+        for name in ("size", "dim", "most_positions"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise BadType(f"Codebook({name}={value!r})", "an integer", f"Pass {name}=64, say")
@@ -167,6 +174,24 @@ class LayerCodebook(nn.Module):
         with torch.autocast(self.centre.device.type, enabled=False):
             return code(vectors.to(self.centre.device), self.book())
 
+    @torch.no_grad()
+    def rounding(self, nats: Floats) -> Floats:
+        """By how much code lengths [N] of equal inputs may differ, since their vectors are rounded differently.
+
+        A vector moved by a share r of its length moves by r / s in units of a standard deviation s, and half the
+        square q of a distance by sqrt(2 q) r / s + (r / s) ** 2 / 2. Where s is tiny, as it is if calibration inputs
+        never differ, an equal input has no distance either: the first term takes the median of s, the second the least.
+        """
+        whitened = (self.codes @ self.whiten).square().sum(1).max()
+        steep = self.whiten.norm(dim=1)
+        steepest = torch.stack([steep.max(), self.residual.rsqrt(), 1 / self.norm[1]]).max()
+        told = torch.stack([steep.median(), steepest, whitened, self.constant]).tolist()
+        usual, moved = ROUNDING * told[0], ROUNDING * told[1]
+        squares = np.maximum(nats - told[3], 0.0)
+        away = usual * np.sqrt(2 * squares) + moved**2 / 2
+        whole: Floats = away + ROUNDING_OF_SQUARES * (squares + told[2])
+        return whole
+
     # ------------------------------------------------------------ fitting
 
     @torch.no_grad()
@@ -201,7 +226,7 @@ class LayerCodebook(nn.Module):
             drawn = points[generator.integers(count, size=more)]
             codes = np.concatenate([codes, drawn + generator.normal(scale=points.std() + TINY, size=drawn.shape)])
         self._materialise(basis, codes)
-        self._describe(lengths, centred, centre, basis, codes, _nearest(points, codes))
+        self._describe(lengths, centred, centre, basis, codes, _nearest(points, codes), unseen=1 / count)
 
     @torch.no_grad()
     def refit(self, vectors: Floats) -> None:
@@ -230,19 +255,26 @@ class LayerCodebook(nn.Module):
         basis: Floats,
         codes: Floats,
         nearest: NDArray[np.int64],
+        unseen: float = 0.0,
     ) -> None:
-        """The covariance about the codes, their weights, the variance left over and the spread of the lengths."""
+        """The covariance about the codes, their weights, the variance left over and the spread of the lengths.
+
+        `unseen` is the share of what directions and lengths may vary by at all, without which every later vector
+        would be infinitely far from the codes that one small batch began.
+        """
         count, channels = centred.shape
+        least = unseen / channels
         dim = basis.shape[1]
         points = centred @ basis
         counts = np.bincount(nearest, minlength=len(codes))
         about = points - codes[nearest]
         freedom = max(count - len(codes), 2)
-        covariance = shrunk(about.T @ about / freedom, freedom)
+        covariance = shrunk(about.T @ about / freedom, freedom) + least * np.eye(dim)
         left = ((centred - points @ basis.T) ** 2).sum(1)
         # left ~ c chi2(nu) with c by its moments (Satterthwaite 1946): the variance itself if it is isotropic.
         mean = max(float(left.mean()), TINY)
         residual = max(left.var() / (2 * mean), mean / max(channels - dim, 1)) if channels > dim else math.inf
+        residual = max(residual, least)
         logs = np.log(np.maximum(lengths, SHORTEST))
         values = {
             "centre": centre,
@@ -250,7 +282,7 @@ class LayerCodebook(nn.Module):
             "log_weights": np.log(np.maximum(counts, 0.5) / np.maximum(counts, 0.5).sum()),
             "constant": np.array(np.linalg.slogdet(covariance)[1] / 2 + dim / 2 * math.log(2 * math.pi)),
             "residual": np.array(residual),
-            "norm": np.array([logs.mean(), max(logs.std(), LEAST_NORM_STD)]),
+            "norm": np.array([logs.mean(), max(logs.std(), unseen, LEAST_NORM_STD)]),
             "counts": counts.astype(np.float64),
         }
         with torch.inference_mode(False):  # inference tensors could not be learned with later

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .calibration import Calibration, Doubt, Ranks, no_nan, split
-from .codebook import Codebook, LayerCodebook
+from .codebook import ROUNDING, Codebook, LayerCodebook
 from .errors import WrongState
 from .kernels import pooling, stays, undisturbed
 from .kernels.coding import Coded
@@ -27,8 +27,6 @@ Floats = NDArray[np.float64]
 
 #: Vectors there is room for at first; eager code makes more when a batch needs them.
 ROOM = 64
-#: Positions kept of a sample with `positions="each"`; of more, so many evenly spaced ones.
-MOST_POSITIONS = 256
 #: Without calibration the first forward that is judged gives the codes, if it has as many samples.
 LEAST_TO_BEGIN = 32
 #: Vectors coded at a time, which bounds the memory of reading.
@@ -67,29 +65,49 @@ class Channel:
         self.buffer: Tensor | None = None
         self.stamp: Tensor | None = None
         self.order = 0
-        self.live: Tensor | None = None  # with `detach=False`, what gradients flow through
+        self.live: list[Tensor] = []  # with `detach=False`, what gradients flow through, of each call
         self.each: tuple[Tensor, Tensor | None] | None = None
+        self.mixed: Tensor | None = None  # bool, on the device: whether calls of one forward do not fit together
 
     def observe(self, x: Tensor, batch: int, control: Tensor) -> None:
         """Keep the vectors of an output, in eager code."""
         samples, settings = samples_of(x, batch), self.coder.settings
         channel = self.axis(x)
         mask = self.coder.mask_of(x, channel)
+        before = self.stamp
         buffer, stamp = self._room(samples, pooling.width(x, samples, channel, self.spread), x.device)
         self.order = self.coder.next_order()
-        if settings.positions == "each":
-            self.each = positions(x.detach(), samples, channel, mask)
-        grows = not settings.detach and settings.learn and torch.is_grad_enabled()
-        self.live = pooled(x, samples, channel, self.spread, mask) if grows else None
+        if self.coder.eager and not settings.detach and settings.learn and torch.is_grad_enabled():
+            with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):  # checkpointing is to see nothing of ours
+                self.live.append(pooled(x, samples, channel, self.spread, mask))
         keep = pooling.pool_cpu if x.device.type == "cpu" else pooling.pool_anywhere
         keep(x.detach(), samples, channel, self.spread, mask, buffer, stamp, control)
+        if before is not None and before is not stamp and before.device == stamp.device:
+            self.mixed = before[pooling.FORWARD] == stamp[pooling.FORWARD]  # another width in the same forward
+        elif self.mixed is not None:
+            self.mixed = self.mixed & (stamp[pooling.CALLS] > 1)
+        if settings.positions == "each":
+            self._merge(stamp[pooling.CALLS], *positions(x.detach(), samples, channel, mask, settings.most_positions))
+
+    def _merge(self, calls: Tensor, new: Tensor, counts: Tensor | None) -> None:
+        """Average the positions of the calls of a forward, as the means over them are; decided on the device alone."""
+        held, again = None if self.each is None else self.each[0], calls > 1
+        if calls.device.type == "cpu" and not again:  # where looking costs nothing
+            pass
+        elif held is not None and held.shape == new.shape and held.device == new.device:
+            new = torch.where(again, held + (new - held) / calls, new)
+        else:
+            self.mixed = again if self.mixed is None else self.mixed | again
+        self.each = new, counts
 
     def emit(self, x: Tensor, batch: int, control: Tensor) -> None:
-        """The same in compiled code, which can make no room: eager code has, before."""
+        """The same in compiled code, which can make no room: eager code has, before, for vectors of one width."""
         if self.coder.settings.positions == "each":
             return  # a copy of all positions at a fixed place would cost what eager code gives back
         if self.buffer is not None and x.dim() > 0 and x.shape[0] % batch == 0:
             channel = self.axis(x)
+            if pooling.width(x, batch, channel, self.spread) != self.buffer.shape[1]:
+                return
             mask = self.coder.mask_of(x, channel)
             torch.ops.noesis.pool(x.detach(), batch, channel, self.spread, mask, self.buffer, self.stamp, control)
 
@@ -119,6 +137,12 @@ class Channel:
         if self.stamp is not None:
             self.stamp.fill_(-1)
 
+    def note(self, reason: str) -> None:
+        """Say once why there are no vectors of this layer."""
+        if self.coder.uncoded.get(self.name) != reason:
+            logger.warning("{} is left out: {}", self.name, reason)
+        self.coder.uncoded[self.name] = reason
+
     def kept(self, forwards: int) -> Kept | None:
         """What the latest forward left; None where the layer did not run in it."""
         if self.buffer is None or self.stamp is None:
@@ -126,11 +150,18 @@ class Channel:
         forward, samples, _ = self.stamp.tolist()
         if forward != forwards:
             return None
+        if self.mixed is not None and self.mixed:
+            self.note("its calls in one forward gave outputs of different shapes, which have no mean")
+            return None
         each, counts = self.each if self.each is not None else (None, None)
         return Kept(self.buffer[:samples], each, counts)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "live": None}  # a tensor inside a graph cannot be copied
+        return {**self.__dict__, "live": []}  # a tensor inside a graph cannot be copied
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def samples_of(x: Tensor, batch: int) -> int:
@@ -149,12 +180,12 @@ def samples_of(x: Tensor, batch: int) -> int:
     return batch
 
 
-def positions(x: Tensor, samples: int, channel: int, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The vectors of the positions of each sample [N, positions, channels], and which of them count."""
+def positions(x: Tensor, samples: int, channel: int, mask: Tensor | None, most: int) -> tuple[Tensor, Tensor | None]:
+    """The vectors of at most so many positions of each sample [N, positions, channels], and which of them count."""
     x = pooling.by_position(x, samples, channel)
     counts = None if mask is None else mask.reshape(samples, -1) != 0
-    if x.shape[1] > MOST_POSITIONS:
-        chosen = torch.linspace(0, x.shape[1] - 1, MOST_POSITIONS, device=x.device).round().long()
+    if x.shape[1] > most:
+        chosen = torch.linspace(0, x.shape[1] - 1, most, device=x.device).round().long()
         x, counts = x[:, chosen], None if counts is None else counts[:, chosen]
     return x.to(torch.float32, copy=True), counts
 
@@ -173,6 +204,9 @@ class Coder:
         self.calibration: Calibration | None = None
         self.uncoded: dict[str, str] = {}  # why a layer leaves no vectors
         self.mask: Tensor | None = None
+        self.handed_out = False  # whether an optimiser may hold the codes
+        self.warned = False  # of train mode
+        self.eager = True  # whether the root runs in eager code, and so tells one forward from the next
         self._order = 0
 
     def add(self, name: str, module: nn.Module, *, spread: bool = True) -> Channel:
@@ -199,13 +233,16 @@ class Coder:
         if mask is None and position is not None and len(args) > position:
             mask = args[position]
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        if not torch.compiler.is_compiling():
+        self.eager = not torch.compiler.is_compiling()
+        if self.eager:
             self._order = 0
+            for channel in self.channels.values() if not self.settings.detach else ():
+                channel.live = []
 
     def forget(self) -> None:
         """Drop the vectors of the latest forward."""
         for channel in [*self.channels.values(), *([] if self.doubt is None else [self.doubt])]:
-            channel.each = channel.live = None
+            channel.each, channel.mixed, channel.live = None, None, []
             if channel.stamp is not None:
                 channel.stamp.fill_(-1)
 
@@ -266,6 +303,10 @@ class Coder:
         """Whether any layer left vectors in this forward."""
         return any(channel.kept(forwards) is not None for channel in self.channels.values())
 
+    def learned(self) -> bool:
+        """Whether there are codes that were learned, which a calibration keeps."""
+        return bool(self.settings.learn) and any(book.ready for book in self.books.values())
+
     def ensure_codes(self, kept: dict[str, Kept]) -> None:
         """Have codes, if need be from these vectors.
 
@@ -301,10 +342,10 @@ class Coder:
         if calibration is None:
             score = np.mean([layer.code_length for layer in layers.values()], axis=0)
             return Surprise(score, layers, None if logits is None else host(logits)[:, 0])
-        nats = {name: layer.code_length for name, layer in layers.items()}
+        nats = {name: less(layer.code_length, self.books[name]) for name, layer in layers.items()}
         surprisals = calibration.surprisals(nats)
         layers = {
-            name: ranked(layer, calibration.ranks[name], surprisals[name])
+            name: ranked(layer, nats[name], calibration.ranks[name], surprisals[name])
             for name, layer in layers.items()
             if name in surprisals
         }
@@ -318,8 +359,9 @@ class Coder:
         if logits is not None and calibration.doubt is not None:
             doubt, classes = host(logits).T
             predicted = np.nan_to_num(classes).astype(np.int64)
-            surprisal, p = calibration.doubt.surprisal(doubt), calibration.doubt.unsure.p_value(doubt)
-        score = calibration.score(surprisals, doubt)
+            slack = ROUNDING * (1 + np.abs(np.where(np.isfinite(doubt), doubt, 0.0)))
+            surprisal, p = calibration.doubt.surprisal(doubt, slack), calibration.doubt.unsure.p_value(doubt - slack)
+        score = calibration.combined(surprisals, surprisal)
         absent = [name for name in calibration.counted if name not in layers]
         if calibration.doubt is not None and doubt is None:
             absent.append("logits")
@@ -429,15 +471,15 @@ class Coder:
             self.calibration = None
         losses = []
         for name, found in kept.items():
-            live, self.channels[name].live = self.channels[name].live, None
-            if live is None and not self.settings.detach:
+            live, self.channels[name].live = self.channels[name].live, []
+            if not live and not self.settings.detach:
                 raise WrongState(
                     f"{name} left no vectors that gradients flow through",
                     "with detach=False, a forward in eager code, with gradients, and one coding_loss() for it",
-                    "Pass Codebook(detach=True), or leave the model uncompiled",
+                    "Pass Codebook(detach=True), or leave the model uncompiled; checkpoint with use_reentrant=False",
                 )
             # A copy, since the next forward writes over what autograd would still need.
-            vectors = found.vectors.clone() if live is None else live
+            vectors = torch.stack(live).mean(0) if live else found.vectors.clone()
             losses.append(self.books[name].loss(vectors).to(self.device))
         return torch.stack(losses).mean()
 
@@ -491,9 +533,17 @@ def _each(found: Coded, shape: torch.Size, counts: Tensor | None) -> LayerSurpri
     return LayerSurprise(mean(total), mean(mixture), mean(residual), mean(norm), nearest, positions=total)
 
 
-def ranked(layer: LayerSurprise, ranks: Ranks, surprisal: Floats) -> LayerSurprise:
+def less(nats: Floats, book: LayerCodebook) -> Floats:
+    """Code lengths less what may be rounding: an input equal to calibration inputs is then no stranger than they are.
+
+    New inputs alone are favoured, so p-values can only be larger than they have to be.
+    """
+    return np.where(np.isfinite(nats), nats - book.rounding(np.where(np.isfinite(nats), nats, 0.0)), nats)
+
+
+def ranked(layer: LayerSurprise, nats: Floats, ranks: Ranks, surprisal: Floats) -> LayerSurprise:
     """A layer's word with what it means against the calibration samples."""
-    values = {**vars(layer), "surprisal": surprisal, "p_value": ranks.p_value(layer.code_length), "usual": ranks.usual}
+    values = {**vars(layer), "surprisal": surprisal, "p_value": ranks.p_value(nats), "usual": ranks.usual}
     return LayerSurprise(**values)
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .calibration import Calibration
-from .coder import MOST_POSITIONS, Coder, Collected, Kept
+from .coder import Coder, Collected, Kept
 from .errors import BadType, BadValue, WrongState
 from .recorder import Recorder
 
@@ -111,7 +111,7 @@ class Collection:
         if labels is not None and len(labels) != batch:
             raise BadValue(f"{len(labels)} labels for {batch} samples", "a label per sample", "Check the loader")
         if self.reservoir is None:
-            each = sum(MOST_POSITIONS if found.each is not None else 1 for found in kept.values())
+            each = sum(self.coder.settings.most_positions if found.each is not None else 1 for found in kept.values())
             size = 4 * sum(found.vectors[0].numel() for found in kept.values()) * each // len(kept)
             room = max(1, min(MOST_SAMPLES, MOST_BYTES // max(size, 1)))
             self.reservoir = Reservoir(room, np.random.default_rng(self.coder.settings.seed))

@@ -70,6 +70,10 @@ class TimedOut(NoesisError, TimeoutError):
     """Others were waited for, and did not come."""
 
 
+class NoesisWarning(UserWarning):
+    """What noesis warns of: an alarm, or p-values that may promise nothing."""
+
+
 def _restore(kind: type[NoesisError], message: str) -> NoesisError:
     error = kind.__new__(kind)
     Exception.__init__(error, message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from .codebook import Codebook, LayerCodebook
 from .coder import Coder
 from .collecting import Collection, collect
 from .distributed_calibration import calibrate_over
-from .errors import BadType, BadValue, WrongState
+from .errors import BadType, BadValue, NoesisWarning, WrongState
 from .kernels import undisturbed
 from .kernels.stepping import FORWARDS
 from .recorder import Recorder
@@ -55,7 +56,8 @@ class Judging:
             loader: batches of normal inputs that the model was not trained on (on its training data it is too sure
                 of itself, and more new inputs than promised look strange): tensors, pairs (inputs, labels), or dicts
                 of arguments.
-            labels: fit a code per class to the labels of the batches, rather than codes without labels.
+            labels: fit a code per class to the labels of the batches, rather than codes without labels. Not for codes
+                that were learned.
             progress: show tqdm's bar where it is installed and stderr is a terminal.
             by_class: give each predicted class p-values of its own (Mondrian conformal prediction, Vovk et al.
                 2003), where it has 20 samples among those for p-values. Needs `logits`.
@@ -80,6 +82,14 @@ class Judging:
 at 0.0099; 2 layers and the logits)
         """
         coder = self._coder()
+        if forward is not None and not callable(forward):
+            raise BadType(f"calibrate(forward={forward!r})", "a function of the model and a batch", "Leave it out")
+        if labels and coder.learned():
+            raise BadValue(
+                "labels=True, and codes that were learned, which calibrate keeps",
+                "codes without labels",
+                "Leave labels out, or wrap with Codebook(learn=False) for a code per class",
+            )
         if by_class and coder.doubt is None:
             raise BadValue("by_class=True without logits", "a wrap that sees the logits", 'Pass wrap(..., logits="fc")')
 
@@ -107,13 +117,29 @@ at 0.0099; 2 layers and the logits)
     def surprise(self) -> Surprise:
         """How strange each sample of the latest forward is; forwards inside `paused()` do not count.
 
+        Calibration is in eval mode. If a module with dropout or batch statistics is in train mode when this is called,
+        it warns with a `NoesisWarning`, once; the mode at the forward itself it cannot know.
+
         Raises:
             NoesisError: without a codebook, or when no layer was observed in the latest forward.
         """
         coder = self._coder()
+        if coder.calibration is not None and not coder.warned:
+            self._warn_of_train_mode(coder)
         with undisturbed():
             found: Surprise = coder.surprise(self._forwards())
         return found
+
+    def _warn_of_train_mode(self, coder: Coder) -> None:
+        name = next((name for name, module in self._root.named_modules() if module.training and wavers(module)), None)
+        if name is not None:
+            coder.warned = True
+            warnings.warn(
+                f"{name or 'The model'} is in train mode, and calibrate() ran in eval mode: if the latest forward was "
+                "in train mode too, its p-values promise nothing. Call wrapped.eval() before the forward.",
+                NoesisWarning,
+                stacklevel=3,
+            )
 
     def ambiguity(self, **weights: Any) -> Ambiguity:
         """Nervecode's measures of the latest forward; see `Ambiguity` for the arguments."""
@@ -144,7 +170,9 @@ at 0.0099; 2 layers and the logits)
 
     def codebook_parameters(self) -> list[nn.Parameter]:
         """Codes and projections for an optimiser; no part of the model's own parameters."""
-        return [parameter for book in self._coder().books.values() for parameter in book.parameters()]
+        coder = self._coder()
+        coder.handed_out = True
+        return [parameter for book in coder.books.values() for parameter in book.parameters()]
 
     @property
     def codebooks(self) -> dict[str, LayerCodebook]:
@@ -163,7 +191,8 @@ at 0.0099; 2 layers and the logits)
         """Take codebooks and calibration from a file that `save_calibration` wrote for the same layers.
 
         Raises:
-            NoesisError: when the file is broken, or is of other layers or widths, which it names.
+            NoesisError: when the file is broken, or is of other layers or widths, which it names; or when its codes are
+                of another size than those that `codebook_parameters` gave to an optimiser.
         """
         return load_calibration(self._coder(), path)
 
@@ -175,6 +204,14 @@ at 0.0099; 2 layers and the logits)
 
     def _forwards(self) -> int:
         return int(self._recorder.banks[0].control[FORWARDS])
+
+
+def wavers(module: nn.Module) -> bool:
+    """Whether a module computes something else in train mode."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return True
+    share = getattr(module, "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout", 0)
+    return isinstance(share, (int, float)) and share > 0
 
 
 def check_codebook(codebook: Any, logits: Any) -> None:

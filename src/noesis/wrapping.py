@@ -18,7 +18,7 @@ from ._version import __version__
 from .codebook import Codebook
 from .coder import Coder
 from .distributed import merge_over
-from .errors import BadType, BadValue, WrongState
+from .errors import BadType, BadValue, NoesisError, WrongState
 from .gradients import GradientRecorder
 from .judging import Judging, check_codebook, logits_module
 from .kernels import undisturbed
@@ -323,6 +323,8 @@ class Wrapped(Judging, nn.Module):
     def forward_with_trace(self, *args: Any, **kwargs: Any) -> tuple[Any, Trace]:
         """Run the model once; returns its output and the trace of this call alone, with its scores if there are codes.
 
+        Where there can be no scores yet, `trace.surprise` is None, and `surprise()` says why.
+
         Raises:
             NoesisError: while paused, or when `every` leaves this forward out.
         """
@@ -335,7 +337,10 @@ class Wrapped(Judging, nn.Module):
             )
         latest.steps = latest.steps - latest.steps[0]  # this call's first step is step 0
         if self._recorder.coder is not None:
-            latest.surprise = self.surprise()
+            try:
+                latest.surprise = self.surprise()
+            except NoesisError as error:  # the output is not lost for that
+                logger.warning("There are no scores of this forward: {}", error)
         return output, latest
 
     def log_to(

@@ -116,7 +116,8 @@ class NoesisDetector:
             raise _unfitted("predict", "fit(data_loader)")
         with evaluating(wrapped.model):
             wrapped(x)
-        return torch.from_numpy(wrapped.surprise().score).float().to(x.device)
+            surprise = wrapped.surprise()
+        return torch.from_numpy(surprise.score).float().to(x.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The same as `predict`."""
