@@ -358,19 +358,64 @@ def test_fully_sharded(two: Path, way: str) -> None:
     assert whole.batches.tolist() == [11, 11, 11]
 
 
-def test_tensor_parallel(two: Path) -> None:
+@pytest.mark.parametrize("way", ["local", "dtensor", "rows", "partial", "compiled"])
+def test_tensor_parallel(two: Path, way: str) -> None:
+    for rank in range(2):
+        said = told(two, rank)
+        assert said["compiled"] if way == "compiled" else said["tensor parallel"][way]  # to the bit as the bare model
     ranks = script("two")
     wrapped = noesis.wrap(ranks.small(), layers="linear")
-    wrapped(ranks.batch(0, 0))
-    expected = wrapped.trace()
+    wrapped(ranks.batch(0, 1))
+    expected = wrapped.trace().values[0]
+    whole = merged(two, "compiled" if way == "compiled" else f"tensor parallel {way}", 2)
     # The columns of a layer that is split: every rank has its own, and together they are the layer's output.
-    whole = merged(two, "tensor parallel local", 2)
-    np.testing.assert_allclose(whole.values[:, 0], expected.values[:, 0], rtol=1e-5)
-    # What they add up is on its way when the layer returns it, and is not waited for.
-    assert whole.unmeasured == {"2": "a AsyncCollectiveTensor, in an output of type AsyncCollectiveTensor"}
-    whole = merged(two, "tensor parallel dtensor", 2)
-    assert whole.unmeasured["0"] == "a DTensor, in an output of type DTensor"
+    assert whole["count"][0, 0] == expected[0, 0]
+    np.testing.assert_allclose(whole.values[0, 0], expected[0], rtol=1e-6, atol=1e-7)
     assert whole.never_ran == []
+    if way == "partial":
+        reason = "a DTensor with the placement Partial, a sum over ranks that is not taken yet"
+        assert whole.unmeasured == {"2": f"{reason}, in an output of type DTensor"}
+        return
+    assert whole.unmeasured == {}
+    # The sum of what they have is split once more, by rows (four of seven here), or every rank has all of it.
+    times = 1 if way == "rows" else 2
+    assert whole["count"][0, 1] == times * expected[1, 0]
+    np.testing.assert_allclose(whole["mean"][0, 1], expected[1, 1], rtol=1e-6)
+    np.testing.assert_allclose(whole.values[0, 1, 4:], expected[1, 4:], rtol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["local", "dtensor", "rows", "partial"])
+def test_gradients_in_tensor_parallel_training(two: Path, way: str) -> None:
+    ranks = script("two")
+    wrapped = noesis.wrap(ranks.small(), layers="linear", gradients=True)
+    wrapped(ranks.batch(0, 1)).square().sum().backward()
+    expected = wrapped.gradients().values[0]
+    whole = merged(two, f"tensor parallel gradients {way}", 2)
+    assert whole["count"][0, 0] == expected[0, 0]
+    np.testing.assert_allclose(whole.values[0, 0], expected[0], rtol=1e-5, atol=1e-6)
+    assert whole.unmeasured == {}
+    if way == "partial":
+        assert whole.never_ran == ["2"]
+        return
+    assert whole["count"][0, 1] == (1 if way == "rows" else 2) * expected[1, 0]
+    np.testing.assert_allclose(whole["mean"][0, 1], expected[1, 1], rtol=1e-5)
+
+
+def test_vectors_that_are_spread_over_ranks_are_not_kept(two: Path) -> None:
+    reason = "a DTensor, whose vectors are spread over ranks"
+    assert told(two, 0)["uncoded"] == {"local": {}, "dtensor": {"0": reason}, "rows": {"2": reason}, "partial": {}}
+
+
+def test_dtensors_cost_nothing_where_there_are_none() -> None:
+    code = (
+        "import sys, torch, noesis\n"
+        "wrapped = noesis.wrap(torch.nn.Sequential(torch.nn.Identity(), torch.nn.Identity()), layers='all')\n"
+        "wrapped(torch.ones(2)), wrapped(torch.ones(2).to_sparse())\n"
+        "assert len(wrapped.trace().unmeasured) == 2\n"
+        "assert 'torch.distributed.tensor' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def calibrated() -> noesis.Wrapped:

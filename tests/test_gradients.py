@@ -139,6 +139,14 @@ def test_recomputed_layers_have_their_gradients(reentrant: bool) -> None:
     assert (recomputed.trace().calls <= 1).all()
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_an_output_picker_that_fails_does_not_stop_the_recomputation(reentrant: bool) -> None:
+    wrapped = noesis.wrap(Net(recompute=reentrant), layers="linear", output=lambda output: output[99], gradients=True)
+    wrapped(next(batches(1))[0]).sum().backward()
+    assert all(reason.startswith("IndexError: ") for reason in wrapped.gradients().unmeasured.values())
+    assert wrapped.gradients().unmeasured
+
+
 def test_a_sample_has_its_own_gradient() -> None:
     wrapped = noesis.wrap(Net(), layers="blocks", gradients=True, per_sample=True)
     train(wrapped, steps=2)

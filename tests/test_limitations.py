@@ -479,12 +479,25 @@ def test_fused_low_precision_code_rounds_where_it_is_looked_into() -> None:
 # ---------------------------------------------------------------- the table
 
 
-def rows_of_the_page() -> list[tuple[str, str]]:
-    """(limitation, test) of every row of the table in docs/limitations.md."""
+#: The first cells of each table of the page, and the file of its tests unless a row names another.
+TABLES = {("limitation", "what happens"): "test_limitations.py", ("context", "what to know"): "test_contexts.py"}
+
+
+def rows_of_the_page() -> list[tuple[str, str, str]]:
+    """(first cell, test, file of the table) of every row of the tables in docs/limitations.md."""
     lines = (ROOT / "docs" / "limitations.md").read_text(encoding="utf-8").splitlines()
-    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines if line.startswith("| ")]
-    assert rows[0] == ["limitation", "what happens", "test"]
-    return [(limitation, test) for limitation, _, test in rows[1:]]
+    rows: list[tuple[str, str, str]] = []
+    found = []
+    for line in lines:
+        if not line.startswith("| "):
+            continue
+        first, second, test = (cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1])
+        if test == "test":
+            found.append((first, second))
+        else:
+            rows.append((first, test, TABLES[found[-1]]))
+    assert found == list(TABLES)
+    return rows
 
 
 def names_of_tests(path: Path) -> set[str]:
@@ -494,16 +507,16 @@ def names_of_tests(path: Path) -> set[str]:
 
 def test_every_row_names_its_test_and_every_test_its_row() -> None:
     named: Counter[tuple[str, str]] = Counter()
-    for limitation, test in rows_of_the_page():
+    for first, test, file in rows_of_the_page():
         if test.startswith("not tested: "):
-            assert len(test) > len("not tested: "), limitation
+            assert len(test) > len("not tested: "), first
             continue
         found = re.fullmatch(r"`(?:tests/((?:zoo/)?test_\w+\.py)::)?(test_\w+)`", test)
-        assert found, f"{limitation}: {test}"
-        named[found[1] or Path(__file__).name, found[2]] += 1
+        assert found, f"{first}: {test}"
+        named[found[1] or file, found[2]] += 1
     for file, name in named:
         assert name in names_of_tests(Path(__file__).parent / file), f"{file} has no {name}"
-    here = names_of_tests(Path(__file__)) - {"test_every_row_names_its_test_and_every_test_its_row"}
-    assert Counter(dict.fromkeys(here, 1)) == Counter(
-        {name: count for (file, name), count in named.items() if file == Path(__file__).name}
-    )
+    for file in TABLES.values():
+        here = names_of_tests(Path(__file__).parent / file) - {"test_every_row_names_its_test_and_every_test_its_row"}
+        rows = Counter({name: count for (where, name), count in named.items() if where == file})
+        assert rows == Counter(dict.fromkeys(here, 1)), file

@@ -196,6 +196,12 @@ def test_an_output_picker_that_fails_is_reported():
     assert wrapped.trace().unmeasured["0"].startswith("IndexError: ")
 
 
+def test_an_output_picker_that_returns_text():
+    wrapped = noesis.wrap(nn.Sequential(nn.Identity()), layers="all", output=lambda output: "text")
+    wrapped(torch.ones(1, 2))
+    assert wrapped.trace().unmeasured == {"0": "no floating tensor, in an output of type Tensor"}
+
+
 @pytest.mark.parametrize("value", [1e20, torch.finfo(torch.float32).min, 0.1, 0.0])
 def test_constant_outputs(value):
     wrapped = noesis.wrap(nn.Sequential(Returns(lambda x: torch.full((10,), value))), layers="all", stats=["zeros"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .calibration import Calibration, Doubt, Ranks, no_nan, split
 from .codebook import ROUNDING, Codebook, LayerCodebook
 from .errors import WrongState
-from .kernels import pooling, stays, undisturbed
+from .kernels import by_value, from_value, pooling, stays, undisturbed
 from .kernels.coding import Coded
 from .kernels.pooling import pooled
 from .surprise import LayerSurprise, Surprise
@@ -157,7 +157,10 @@ class Channel:
         return Kept(self.buffer[:samples], each, counts)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "live": []}  # a tensor inside a graph cannot be copied
+        return by_value({**self.__dict__, "live": []})  # a tensor inside a graph cannot be copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(from_value(state))
 
 
 def _itself(x: Tensor) -> Tensor:

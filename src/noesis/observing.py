@@ -20,7 +20,7 @@ from .coder import Channel
 from .errors import BadType, WrongState
 from .gradients import GradientRecorder, Mark
 from .kernels import disturbed, recomputing, undisturbed
-from .outputs import batch_of, hidden_state, register_block
+from .outputs import batch_of, hidden_state, is_dtensor, part_emitted, part_here, register_block
 from .recorder import Recorder
 from .routes import Router
 
@@ -101,15 +101,19 @@ class Site:
             self.route(output, self.router)
         if self.places:
             x: Any = hidden_state(output, self.stream) if self.pick is None else self.pick(output)
-            reason = unmeasurable(x)
+            reason, whole = unmeasurable(x), x
+            if reason is not None:
+                x, reason = part_of(whole, reason)
             if reason is not None:
                 self.recorder.unmeasured[self.name] = f"{reason}, in an output of type {type(output).__name__}"
             else:
                 if not aside:
                     self.recorder.observe(x, self.index, self.places)
-                    if self.gradients is not None and x.requires_grad:
-                        self.await_gradient(x, self.gradients)
-                if self.channel is not None:
+                    if self.gradients is not None and whole.requires_grad:
+                        self.await_gradient(whole, self.gradients)
+                if self.channel is not None and x is not whole and x.shape != whole.shape:
+                    self.channel.drop("a DTensor, whose vectors are spread over ranks")
+                elif self.channel is not None:
                     self.recorder.keep(self.channel, x)
         if self.doubt is not None:
             self.keep_doubt(output, self.doubt)
@@ -131,6 +135,9 @@ class Site:
         try:
             reason = unmeasurable(gradient)
             if reason is not None:
+                with undisturbed():
+                    gradient, reason = part_of(gradient, reason)
+            if reason is not None:
                 gradients.unmeasured[self.name] = reason
             elif disturbed():
                 with undisturbed():
@@ -142,10 +149,18 @@ class Site:
 
     def recompute(self, output: Any) -> None:
         """What is recomputed in a backward pass was observed before, but may get its gradients only now."""
-        if self.gradients is not None and recomputing():
+        if self.gradients is None or not recomputing():
+            return
+        try:
             x: Any = hidden_state(output, self.stream) if self.pick is None else self.pick(output)
-            if unmeasurable(x) is None and x.requires_grad:
+            reason = unmeasurable(x)
+            if reason is not None:
+                with undisturbed():
+                    _, reason = part_of(x, reason)
+            if reason is None and x.requires_grad:
                 self.await_gradient(x, self.gradients)
+        except Exception as error:  # whatever an output may be, training goes on
+            self.gradients.unmeasured[self.name] = f"{type(error).__name__}: {error}"
 
     def read(self, head: Channel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep what the module of the logits is given."""
@@ -175,9 +190,12 @@ class Site:
             self.route(output, self.router)
         if self.places:
             x: Any = hidden_state(output, self.stream) if self.pick is None else self.pick(output)
+            whole = x
+            if is_dtensor(x):
+                x = part_emitted(x)
             if emittable(x):
                 self.recorder.emit(x, self.places)
-                if self.channel is not None:
+                if self.channel is not None and x.shape == whole.shape:
                     self.recorder.keep(self.channel, x)
         if self.doubt is not None:
             self.keep_doubt(output, self.doubt)
@@ -249,9 +267,19 @@ def unmeasurable(x: Any) -> str | None:
     return None
 
 
+def part_of(whole: Any, reason: str) -> tuple[Any, str | None]:
+    """This process' part of what as a whole cannot be measured for a reason; why the part cannot be, or None."""
+    part = part_here(whole)
+    if part is whole:
+        return whole, reason
+    return part, part if isinstance(part, str) else unmeasurable(part)
+
+
 def emittable(x: Any) -> TypeGuard[Tensor]:
     """Whether compiled code can measure a hidden state: what `unmeasurable` asks, as far as shapes and layouts tell."""
-    return isinstance(x, Tensor) and x.is_floating_point() and not x.is_nested and x.layout == torch.strided
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_nested or x.layout != torch.strided:
+        return False
+    return not is_dtensor(x)  # an operation takes no DTensor among tensors
 
 
 class Observed:

@@ -1,4 +1,4 @@
-"""Which tensor of a module's output is its hidden state."""
+"""Which tensor of a module's output is its hidden state, and what this process holds of it."""
 
 from __future__ import annotations
 
@@ -51,6 +51,38 @@ def _elements(output: Any) -> list[Any]:
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         return [getattr(output, field.name, None) for field in dataclasses.fields(output)]
     return []
+
+
+def is_dtensor(x: Any) -> bool:
+    """Whether `x` is a DTensor, of which each rank holds a part."""
+    api = sys.modules.get("torch.distributed.tensor")  # takes a second to import; without it there is no DTensor
+    return api is not None and isinstance(x, api.DTensor)
+
+
+def part_here(x: Any) -> Any:
+    """What this process holds of a tensor: its part of a DTensor, and what a collective brings once it is there.
+
+    Nothing is sent. Waiting for a collective is what the first operation on its tensor does.
+
+    Returns:
+        The part, `x` itself where it is a tensor of another kind, or the reason why the part says nothing, a str.
+    """
+    if is_dtensor(x):
+        if any(placement.is_partial() for placement in x.placements):
+            return "a DTensor with the placement Partial, a sum over ranks that is not taken yet"
+        x = x._local_tensor  # `to_local` would record a step of autograd
+    collectives = sys.modules.get("torch.distributed._functional_collectives")
+    if collectives is not None and isinstance(x, collectives.AsyncCollectiveTensor):
+        with torch.no_grad():
+            return x.trigger_wait()
+    return x
+
+
+def part_emitted(x: Any) -> Any:
+    """What compiled code holds of a DTensor in this process; None where the part says nothing."""
+    if any(placement.is_partial() for placement in x.placements):
+        return None
+    return x.detach().to_local()
 
 
 def stream_index(module: nn.Module) -> int | None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .coder import Channel, Coder
 from .errors import NoesisError, WrongState
-from .kernels import CONTROL, moments, rows, scratch, stays, stepping, undisturbed
+from .kernels import CONTROL, by_value, from_value, moments, rows, scratch, stays, stepping, undisturbed
 from .kernels.routing import RouteBank
 from .kernels.rows import FIELDS, SLOTS
 from .kernels.stepping import (
@@ -102,10 +102,10 @@ class Bank:
         self.arrays = tuple(tensor.numpy() for tensor in tensors) if on_cpu else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "arrays": None}
+        return by_value({**self.__dict__, "arrays": None})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(from_value(state))
         self._view()  # copies of the arrays would no longer share memory with the tensors
 
     def begin(self, timestep: Tensor | float | None, branch: int, batch: int) -> None:

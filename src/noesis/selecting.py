@@ -37,6 +37,8 @@ Layers = str | type[nn.Module] | Predicate | Iterable["str | type[nn.Module] | P
 
 # Called by nobody: holders of other modules.
 _HOLDERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+# Children that compute or keep the weights of a layer, which is one layer with them (parametrize, torch.ao).
+_WEIGHTS = {"parametrizations", "_packed_params", "_all_weight_values"}
 _UNET = re.compile(r"^(?:down_blocks|mid_block|up_blocks)\..*\b(?:resnets|attentions)\.\d")
 _ATTENTION = re.compile(r"(?:Attention|Attn)\d*$")
 _MLP = re.compile(r"(?:MLP|Mlp|FeedForward|FFN|SparseMoeBlock)\d*$")
@@ -108,7 +110,7 @@ def predicate(model: nn.Module, item: Any) -> Predicate:
 def named_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """`named_modules()` without holders and without the inside of what counts as one layer.
 
-    A LoRA layer of PEFT and a parametrized layer are one layer under the name they had before.
+    A LoRA layer of PEFT, a parametrized and a quantised layer are one layer under the name they had before.
     """
     seen: set[int] = set()
 
@@ -128,7 +130,7 @@ def children(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Named children that are layers; none for a module that counts as one layer."""
     if hasattr(module, "base_layer"):  # PEFT: base_layer, lora_A and lora_B act as one
         return []
-    return [(name, child) for name, child in module.named_children() if name != "parametrizations"]
+    return [(name, child) for name, child in module.named_children() if name not in _WEIGHTS]
 
 
 # ---------------------------------------------------------------- kinds of layers
@@ -305,11 +307,18 @@ def _in_sequential(model: nn.Module, block: nn.Module) -> bool:
 
 
 def _matrices(module: nn.Module) -> int:
-    return sum(1 for p in module.parameters() if isinstance(p, UninitializedParameter) or p.dim() > 1)
+    own = sum(1 for p in module.parameters() if isinstance(p, UninitializedParameter) or p.dim() > 1)
+    return own + _packed(module)
 
 
 def _size(module: nn.Module) -> int:
-    return sum(0 if isinstance(p, UninitializedParameter) else p.numel() for p in module.parameters())
+    own = sum(0 if isinstance(p, UninitializedParameter) else p.numel() for p in module.parameters())
+    return own + _packed(module)  # whose size is not known without unpacking them; it is not nothing
+
+
+def _packed(module: nn.Module) -> int:
+    """Weights that torch.ao has quantised, which are no parameters any more."""
+    return sum(1 for inner in module.modules() if "_packed_params" in vars(inner))
 
 
 # ---------------------------------------------------------------- names

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -109,16 +110,45 @@ def sharded(rank: int, folder: Path) -> dict[str, bool]:
     return same
 
 
-def tensor_parallel(folder: Path, rank: int) -> None:
+def tensor_parallel(rank: int, folder: Path) -> tuple[dict[str, bool], dict[str, dict[str, str]]]:
     """Megatron's way: split by columns, then by rows. What layers return is local, or a DTensor where asked for."""
-    mesh = init_device_mesh("cpu", (2,))
-    for way, local in (("local", True), ("dtensor", False)):
-        model = small()
-        plan = {"0": ColwiseParallel(use_local_output=local), "2": RowwiseParallel()}
-        wrapped = noesis.wrap(parallelize_module(model, mesh, plan), layers="linear")
-        with torch.no_grad():
-            wrapped(batch(0, 0))  # all of them get the same
+    mesh, x = init_device_mesh("cpu", (2,)), batch(0, 1)  # all ranks get the same seven samples
+    plans = {
+        "local": {"0": ColwiseParallel(), "2": RowwiseParallel()},
+        "dtensor": {"0": ColwiseParallel(use_local_output=False), "2": RowwiseParallel(use_local_output=False)},
+        "rows": {"0": ColwiseParallel(), "2": RowwiseParallel(output_layouts=Shard(0), use_local_output=False)},
+        "partial": {"0": ColwiseParallel(), "2": RowwiseParallel(output_layouts=Partial(), use_local_output=False)},
+    }
+    same, uncoded = {}, {}
+    for way, plan in plans.items():
+        found = []
+        for observed in (False, True):
+            model = parallelize_module(small(), mesh, plan)
+            settings = {"codebook": noesis.Codebook(), "gradients": True}
+            wrapped = noesis.wrap(model, layers="linear", **settings) if observed else None
+            y = model(x)
+            y = y.full_tensor() if isinstance(y, DTensor) else y * 1.0
+            y.square().sum().backward()
+            found.append([y, *(parameter.grad.full_tensor() for parameter in model.parameters())])
+        same[way] = all(torch.equal(one, other) for one, other in zip(*found, strict=True))
         wrapped.trace(group=dist.group.WORLD).save(folder / f"tensor parallel {way}.{rank}.safetensors")
+        wrapped.gradients(group=dist.group.WORLD).save(folder / f"tensor parallel gradients {way}.{rank}.safetensors")
+        uncoded[way] = wrapped._recorder.coder.uncoded
+    return same, uncoded
+
+
+def compiled(rank: int, folder: Path) -> bool:
+    """A DTensor in compiled code."""
+    mesh, found = init_device_mesh("cpu", (2,)), []
+    for observed in (False, True):
+        plan = {"0": ColwiseParallel(use_local_output=False), "2": RowwiseParallel()}
+        model = parallelize_module(small(), mesh, plan)
+        wrapped = noesis.wrap(model, layers="linear") if observed else None
+        y = torch.compile(model, backend="aot_eager")(batch(0, 1))
+        y.square().sum().backward()
+        found.append([y, *(parameter.grad.full_tensor() for parameter in model.parameters())])
+    wrapped.trace(group=dist.group.WORLD).save(folder / f"compiled.{rank}.safetensors")
+    return all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def calibration(rank: int, folder: Path) -> dict[str, object]:
@@ -167,7 +197,8 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     told = {"ddp": data_parallel(rank, folder), "fsdp": sharded(rank, folder)}
-    tensor_parallel(folder, rank)
+    told["tensor parallel"], told["uncoded"] = tensor_parallel(rank, folder)
+    told["compiled"] = compiled(rank, folder)
     told |= calibration(rank, folder)
     (folder / f"told.{rank}.json").write_text(json.dumps(told))
     dist.barrier()

@@ -85,6 +85,34 @@ def stays(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def by_value(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of an object for a copy or a pickle, with its tensors by value; `from_value` takes it back.
+
+    Between processes torch would hand the tensors over as shared memory: it moves them there, away from
+    whoever knows their address, and the other process would write its steps among ours.
+    """
+    return {name: _Value(value) if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+
+
+def from_value(state: dict[str, Any]) -> dict[str, Any]:
+    """What `by_value` made, with tensors again, which stay where they are."""
+    return {name: value.tensor() if isinstance(value, _Value) else value for name, value in state.items()}
+
+
+class _Value:
+    """A copy of a tensor: on the host as an array, which torch does not share, and else as a tensor."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        with undisturbed(), torch.inference_mode(False):
+            copy = tensor.clone()
+        self.copy = copy.numpy() if copy.device.type == "cpu" else copy
+
+    def tensor(self) -> torch.Tensor:
+        with undisturbed(), torch.inference_mode(False):
+            copy = self.copy if isinstance(self.copy, torch.Tensor) else torch.from_numpy(self.copy)
+            return stays(copy.clone())
+
+
 def recomputing() -> bool:
     """Whether a backward pass is running: activation checkpointing recomputes there what was seen already."""
     return torch._C._current_graph_task_id() != -1

@@ -17,10 +17,12 @@ order in which they were made. The reference never waits for the device and serv
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import register, stays
+from . import by_value, from_value, register, stays
 from .stepping import ACTIVE, ENABLED, EVERY, FORWARDS, OBSERVED, SLOT
 
 #: What is summed beside the tokens of each expert: tokens, those whose logits have an entropy, their
@@ -203,6 +205,12 @@ class RouteBank:
             self.layer = [torch.tensor(index, device=device) for index in range(layers)]
             for tensor in (self.sums, self.pairs, self.last, *self.layer):
                 stays(tensor)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return by_value(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(from_value(state))
 
     def beside(self, device: torch.device) -> RouteBank:
         """An empty one on another device."""
