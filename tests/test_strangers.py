@@ -5,6 +5,7 @@ More cases than by default: NOESIS_FUZZ_CASES=100000 pytest tests/test_strangers
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import math
@@ -14,9 +15,13 @@ import struct
 import subprocess
 import sys
 import textwrap
+import time
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -25,7 +30,10 @@ import torch
 from torch import nn
 
 import noesis
+from noesis.files import LEAST_BOUND
+from noesis.integrations.loggers import writer
 from noesis.routes import FIELDS
+from noesis.trace import ALWAYS
 
 #: Cases over all formats.
 CASES = int(os.environ.get("NOESIS_FUZZ_CASES", "10000"))
@@ -344,6 +352,322 @@ def test_a_small_gzip_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pyte
             reader.load(path)
 
 
+# ---------------------------------------------------------------- memory
+
+#: Loads each file in a process of its own, and prints how much memory that took, and what came of it.
+MEASURED = """
+    import os, sys
+    import numpy as np
+    import noesis
+    import noesis.files
+    from noesis.capture import Activations
+
+    def kilobytes(name):
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith(name))
+
+    readers = [noesis.Trace, noesis.Soulprint, noesis.Routes, noesis.Comparison, noesis.TokenDeltas, Activations]
+    readers = {reader.__name__: reader for reader in readers}
+    noesis.files.LEAST_BOUND = int(sys.argv[1])
+    for each in sys.argv[2:]:
+        kind, path = each.split("=", 1)
+        child = os.fork()
+        if child == 0:
+            with open("/proc/self/clear_refs", "w") as marks:
+                marks.write("5")
+            before = kilobytes("VmRSS")
+            try:
+                said = f"read {type(readers[kind].load(path)).__name__}"
+            except noesis.NoesisError as error:
+                said = f"refused {type(error).__name__}"
+            print((kilobytes("VmHWM") - before) * 1024, said, flush=True)
+            os._exit(0)
+        os.waitpid(child, 0)
+"""
+#: What reading may take beside the file: arenas, pages of libraries that were not read before.
+BESIDE = 24 << 20
+
+
+def memory_of(*given: tuple[type, Path], least: int = LEAST_BOUND) -> list[tuple[int, str]]:
+    """Bytes that reading each file takes at most, and "read ..." or "refused ..."; JSON may always take `least`."""
+    names = [f"{reader.__name__}={path}" for reader, path in given]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(MEASURED), str(least), *names],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
+    assert len(lines) == len(given), done.stderr
+    return [(int(peak), said) for peak, said in lines]
+
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def large_trace(steps: int, layers: int = 200) -> noesis.Trace:
+    generator = np.random.default_rng(0)
+    values = generator.standard_normal((steps, layers, 7), np.float32).astype(np.float64)
+    values[..., 0], values[..., 6] = 4096, 0
+    names = [f"model.layers.{layer}.mlp" for layer in range(layers)]
+    return noesis.Trace.of(values, names, ALWAYS, steps=np.arange(steps), meta={"run": "large"})
+
+
+@on_linux
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_reading_takes_at_most_four_times_the_file(tmp_path: Path) -> None:
+    """Of 20 to 60 MB, in every format; of a gzip, four times what it unpacks to."""
+    small, large = large_trace(900), large_trace(4000)
+    numbers = np.random.default_rng(0).standard_normal((2, 300_000))
+    soulprint = noesis.Soulprint(*numbers, [f"model.layers.{layer}" for layer in range(300_000)], meta={"run": "large"})
+    experts = np.arange(2000 * 100 * (16 + FIELDS)).reshape(2000, 100, -1)
+    ones = np.ones((4, 100, 16, 16), np.int64)
+    moe = noesis.Routes(
+        sums=experts,
+        experts=np.full(100, 16),
+        layers=[str(layer) for layer in range(100)],
+        steps=np.arange(2000),
+        whole=experts.sum(0),
+        coactivation=ones.sum(0),
+        step_coactivation=ones,
+    )
+    plain, gzipped = small.save(tmp_path / "t.json"), tmp_path / "t.json.gz"
+    gzipped.write_bytes(gzip.compress(plain.read_bytes(), 1))
+    files = [
+        (noesis.Trace, large.save(tmp_path / "t.safetensors")),
+        (noesis.Trace, plain),
+        (noesis.Trace, gzipped),
+        (noesis.Trace, large_trace(500).save_v01(tmp_path, single_file=True, compress=False)[0]),
+        (noesis.Soulprint, soulprint.save(tmp_path / "s.safetensors")),
+        (noesis.Soulprint, soulprint.save(tmp_path / "s.json")),
+        (noesis.Soulprint, soulprint.save_v01(tmp_path / "s01.json")),
+        (noesis.Routes, moe.save(tmp_path / "r.safetensors")),
+        (noesis.Activations, noesis.Activations({"a": [torch.ones(13_000_000)]}).save(tmp_path / "a.safetensors")),
+    ]
+    for (_, path), (peak, said) in zip(files, memory_of(*files, least=0), strict=True):
+        size = path.stat().st_size
+        if path.suffix == ".gz":
+            size = plain.stat().st_size
+        assert said.startswith("read"), (path.name, said)
+        # A soulprint of v0.1 has a dict of names, which is no smaller; real ones have some hundreds.
+        assert peak < (5 if path.name == "s01.json" else 4) * size + BESIDE, (path.name, peak / size)
+
+
+def repeated(head: str, unit: str, tail: str, size: int) -> bytes:
+    return (head + unit * ((size - len(head) - len(tail)) // len(unit)) + tail).encode()
+
+
+HEAD = '{"format": "noesis.trace", "format_version": 1, "arrays": {"values": '
+#: What makes many objects of few bytes, and what takes long or is large at once.
+BOMBS: dict[str, tuple[str, str, str]] = {
+    "empty lists": (f"{HEAD}[", "[],", "[]]}}"),
+    "empty objects": (f"{HEAD}[", "{},", "{}]}}"),
+    "empty strings": (f"{HEAD}[", '"",', '""]}}'),
+    "short strings": (f"{HEAD}[", '"a",', '"a"]}}'),
+    "small numbers": (f"{HEAD}[", "1,", "1]}}"),
+    "short numbers": (f"{HEAD}[", "1.5,", "1]}}"),
+    "longer numbers": (f"{HEAD}[", "1.25e-7,", "1]}}"),
+    "lists of numbers": (f"{HEAD}[", "[1.5,2.5],", "[]]}}"),
+    "pairs": (f"{HEAD}[", '{"a":1},', "{}]}}"),
+    "deep lists": (HEAD, "[", ""),
+    "deep objects": (HEAD, '{"a":', ""),
+    "a huge whole number": (HEAD, "9", "}}"),
+    "a huge number": (HEAD, "9", ".5}}"),
+    "a long string": (f'{HEAD}"', "a", '"}}'),
+    "escapes": (f'{HEAD}"', "\\u0000", '"}}'),
+    "one wide character": (f'{HEAD}"\U0001f980', "a", '"}}'),
+    "wide characters": (f'{HEAD}"', "\U0001f980", '"}}'),
+    "spaces": (HEAD, " ", "1}}"),
+}
+
+
+@on_linux
+@pytest.mark.slow
+def test_json_bombs_take_no_more_memory_than_large_files(tmp_path: Path) -> None:
+    """At most five times the file, where it would be up to thirty times."""
+    size, paths = 1 << 24, []
+    for name, parts in BOMBS.items():
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_bytes(repeated(*parts, size))
+    keys = tmp_path / "keys.json"
+    keys.write_text(HEAD + "{" + ",".join(f'"{number:x}":0' for number in range(1_400_000)) + "}}}")
+    paths.append(keys)
+    start = time.perf_counter()
+    found = memory_of(*((noesis.Trace, path) for path in paths), least=0)
+    assert time.perf_counter() - start < 60
+    for path, (peak, said) in zip(paths, found, strict=True):
+        assert said == "refused BadFile", (path.name, said)
+        assert peak < 5 * size + BESIDE // 2, (path.name, peak / size)
+
+
+@on_linux
+@pytest.mark.slow
+def test_gzip_and_safetensors_bombs_take_little_memory(tmp_path: Path) -> None:
+    packer, megabyte = zlib.compressobj(9, wbits=31), b"[]," * (1 << 18) + b" " * (1 << 18)
+    pieces = [packer.compress(megabyte) for _ in range(1 << 8)]
+    bomb = tmp_path / "bomb.json.gz"
+    bomb.write_bytes(b"".join([*pieces, packer.flush()]))
+    assert bomb.stat().st_size < 1 << 20
+    # Bytes that would be float64 eight times as large, and a header of very many empty tensors.
+    count = 60_000_000
+    layers, kinds = [str(layer) for layer in range(100)], list(ALWAYS)
+    inner = json.dumps({"format": "noesis.trace", "format_version": 1, "layers": layers, "stats": kinds})
+    header = {
+        "__metadata__": {"noesis": inner},
+        "values": {"dtype": "U8", "shape": [count // 700, 100, 7], "data_offsets": [0, count // 700 * 700]},
+    }
+    packed = json.dumps(header).encode()
+    narrow, empty = tmp_path / "narrow.safetensors", tmp_path / "empty.safetensors"
+    narrow.write_bytes(struct.pack("<Q", len(packed)) + packed + bytes(count // 700 * 700))
+    tensors = ",".join(
+        f'"{number:x}":{{"dtype":"F64","shape":[0],"data_offsets":[0,0]}}' for number in range(1_000_000)
+    )
+    packed = ("{" + tensors + "}").encode()
+    empty.write_bytes(struct.pack("<Q", len(packed)) + packed)
+    files: list[tuple[type, Path]] = [(noesis.Trace, path) for path in (bomb, narrow, empty)]
+    files += [(noesis.Soulprint, bomb), (noesis.Activations, empty), (noesis.Comparison, bomb), (noesis.Routes, bomb)]
+    for (_, path), (peak, said) in zip(files, memory_of(*files), strict=True):
+        assert said == "refused BadFile", (path.name, said)
+        least = 1 << 26 if path is bomb else path.stat().st_size
+        assert peak < 4 * least + BESIDE, (path.name, peak)
+
+
+def test_many_steps_of_a_layer_each_do_not_fill_the_memory(tmp_path: Path) -> None:
+    """A v0.1 trace of 1 MB whose table of steps by layers would have 16 million rows."""
+    path = tmp_path / "x.json"
+    record = {"shape": [1], "dtype": "", "device": "", "mean": 0, "std": 0, "abs_mean": 0, "max": 0, "min": 0}
+    records = [{"name": str(step), **record, "step": step} for step in range(4000)]
+    path.write_text(json.dumps({"type": "sdxl_unet", "run_id": "a", "meta": {}, "records": records}))
+    tracemalloc.start()
+    with pytest.raises(noesis.NoesisError, match="4000 layers over 4000 steps, and 4000 records"):
+        noesis.Trace.load(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 << 20
+
+
+# ---------------------------------------------------------------- names and meta are data
+
+NAMES = [
+    "../../escaped", "/etc/passwd", "..", "C:\\x", "<script>alert(1)</script>", "--><b>", "]]>", "&lt;",
+    "$(touch escaped)", "`touch escaped`", "; touch escaped", "a\x00b",
+    "two\nlines", "\r\x1b[2J\x1b]0;title\x07", "\u202egnp",
+    "$x_1^2$", "%s{}", "", "=cmd()", "a" * 5000, "\ud800",
+]  # fmt: skip
+#: What a terminal would obey, beside the ends of lines.
+CONTROL = {chr(code) for code in (*range(32), *range(127, 160), 0x2028, 0x2029, 0x202E)} - {"\n"}
+
+
+def hostile() -> noesis.Trace:
+    values = np.random.default_rng(0).standard_normal((3, len(NAMES), 7))
+    values[..., 0], values[..., 6] = 8, 0
+    values[1, 3, 6] = 1
+    meta = {"run": "../../escaped", "prompt": "<script>\x1b[2J\n$(touch escaped)", "model": "\x1b[31m", "seed": "\x07"}
+    return noesis.Trace.of(
+        values,
+        NAMES,
+        ALWAYS,
+        steps=np.arange(3),
+        unmeasured={"\x1b[2J": "\x1b[31m"},
+        meta={**meta, **dict.fromkeys(NAMES, 1)},
+    )
+
+
+def other() -> noesis.Soulprint:
+    """With one layer of these, and another."""
+    return noesis.Soulprint(np.ones(2), np.ones(2), [NAMES[0], "\x1b[2J"])
+
+
+def test_names_and_meta_come_back_and_go_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = tmp_path / "a" / "b" / "c"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    trace = hostile()
+    for suffix in ("safetensors", "json", "json.gz"):
+        for one in (trace, trace.soulprint()):
+            again = type(one).load(one.save(f"{type(one).__name__}.{suffix}"))
+            assert again.layers == NAMES
+            assert again.meta == one.meta
+    with pytest.raises(noesis.NoesisError, match="cannot be part of a file name"):
+        trace.save_v01("v01")
+    again = noesis.Soulprint.load(trace.soulprint().save_v01("v01.json"))
+    assert again.layers == NAMES
+    assert again.meta["run"] == "../../escaped"
+    compared = noesis.compare(trace.soulprint(), other())
+    assert noesis.Comparison.load(compared.save("c.json")).only_in_a == NAMES[1:]
+    kept = noesis.Activations({name: [torch.ones(1)] for name in NAMES[:-1]})
+    assert noesis.Activations.load(kept.save("a.safetensors")).layers == NAMES[:-1]
+    here = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path.parent for path in here} == {inside}
+    assert len(here) == 9
+
+
+def test_what_is_shown_obeys_no_name() -> None:
+    """No line more than there are rows, and nothing that a terminal would do."""
+    trace, routes_ = hostile(), noesis.Activations({name: [torch.ones(1)] for name in NAMES})
+    routes_.unmeasured["\x1b[2J"] = "\x1b[31m"
+    for shown in (
+        repr(trace),
+        repr(trace.soulprint()),
+        repr(noesis.compare(trace.soulprint(), other())),
+        noesis.compare(trace, trace.at([False, True, True])).summary(100),
+        repr(routes_),
+    ):
+        assert not CONTROL & set(shown)
+        assert len(shown) < 40_000
+        assert shown.count("\n") < 40
+
+
+@pytest.mark.parametrize("command", ["summarize", "compare"])
+def test_the_command_line_prints_no_control_characters(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], command: str
+) -> None:
+    from noesis.cli import main
+
+    path = hostile().save(tmp_path / "t.safetensors")
+    second = other().save(tmp_path / "o.json")
+    arguments = [command, str(path), *([str(second)] if command == "compare" else [])]
+    broken = tmp_path / "b.json"
+    broken.write_text(json.dumps({"type": "sdxl_unet", "run_id": "\x1b[2J", "meta": {}, "records": [], "steps": 1}))
+    for given in (
+        arguments,
+        [*arguments, "--json"],
+        ["summarize", str(broken)],
+        ["summarize", "\x1b[2J.json"],
+    ):
+        main(given)
+        out, err = capfd.readouterr()
+        assert out + err
+        assert (given[1] != "\x1b[2J.json") or "\\x1b[2J.json is not there" in err
+        assert not CONTROL & set(out + err), given
+
+
+def test_plots_and_logs_hold_names_as_text(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    trace = hostile()
+    trace.plot(path=tmp_path / "t.svg")
+    trace.soulprint().plot(path=tmp_path / "s.svg")
+    noesis.compare(trace, hostile()).plot(10, tmp_path / "c.svg")
+    for path in sorted(tmp_path.glob("*.svg")):
+        tree = ElementTree.parse(path)
+        assert not [
+            node for node in tree.iter() if str(node.tag).rpartition("}")[2] in ("script", "b", "foreignObject")
+        ]
+    # Half of a surrogate pair is no UTF-8, and csv reads NUL from Python 3.11 on.
+    numbers = {f"noesis/{name}/std": 0.5 for name in NAMES[:-1] if "\0" not in name}
+    for name in ("l.csv", "l.jsonl"):
+        for step in range(2):
+            writer(tmp_path / name)(numbers, step)
+    with (tmp_path / "l.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["step", *numbers]
+    assert [len(row) for row in rows] == [1 + len(numbers)] * 3
+    lines = (tmp_path / "l.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": step, **numbers} for step in range(2)]
+
+
 # ---------------------------------------------------------------- interrupted writing
 
 KILLED = """
@@ -356,8 +680,10 @@ KILLED = """
     layers = [str(index) for index in range(200_000)]
     both = [noesis.Soulprint(np.full(len(layers), float(value)), np.ones(len(layers)), layers) for value in (1, 2)]
     path = both[0].save(folder / "soulprint.safetensors")
-    seen = set()
-    for _ in range(12):
+    seen, left = set(), []
+    for number in range(100):
+        if number >= 12 and left:
+            break
         child = os.fork()
         if child == 0:
             while True:
@@ -370,7 +696,7 @@ KILLED = """
         assert again.layers == layers
         assert len(set(again.means.tolist())) == 1
         seen.add(again.means[0])
-    left = [name.name for name in folder.iterdir() if name != path]
+        left = [name.name for name in folder.iterdir() if name != path]
     assert all(name.startswith(".soulprint.safetensors.") for name in left), left
     print(len(left), sorted(seen))
 """

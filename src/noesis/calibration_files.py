@@ -78,7 +78,7 @@ def unpack_codes(coder: Coder, packed: dict[str, bytes], where: str) -> None:
         with _broken(where):
             books = {name: _book(coder, index, name, arrays) for index, name in enumerate(_names(header["layers"]))}
         _check_books(coder, books)
-        coder.take(books)
+        coder.adopt(books, coder.calibration)
 
 
 def load_calibration(coder: Coder, path: files.PathLike) -> Calibration:

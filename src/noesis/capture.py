@@ -7,8 +7,6 @@ Unlike `wrap`, which keeps statistics, this keeps the tensors themselves: for to
 from __future__ import annotations
 
 import itertools
-import json
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +15,6 @@ from typing import Any, TypeVar
 import safetensors.torch
 import torch
 from loguru import logger
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import files
@@ -25,7 +22,7 @@ from ._version import __version__
 from .errors import BadFile, BadType, BadValue, TooLarge, WrongState
 from .outputs import hidden_state, stream_index
 from .selecting import Layers, select
-from .tables import counted, table
+from .tables import counted, plain, table
 from .wrapping import resolve
 
 KIND = "activations"
@@ -195,8 +192,8 @@ class Activations(Mapping[str, list[Tensor]]):
         rows = [[name, _shapes(calls), _dtypes(calls)] for name, calls in self._calls.items() if calls]
         lines = [head, *([table(["layer", "calls", "dtype"], rows)] if rows else [])]
         if self.never_ran:
-            lines.append(f"never ran: {', '.join(self.never_ran)}")
-        lines += [f"not measured: {name} ({why})" for name, why in self.unmeasured.items()]
+            lines.append(f"never ran: {', '.join(map(plain, self.never_ran))}")
+        lines += [f"not measured: {plain(name)} ({plain(str(why))})" for name, why in self.unmeasured.items()]
         return "\n".join(lines)
 
 
@@ -318,26 +315,9 @@ def _check(acts: Activations) -> None:
 
 def _read(path: files.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     data = files.read_bytes(path)
-    try:
+    with files.reading_tensors(path, f"{KIND} file"):
+        header = files.read_header(data, path)
         tensors = safetensors.torch.load(data)  # checks that sizes and offsets fit the file
-        length = struct.unpack("<Q", data[:8])[0]
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-        header = json.loads(metadata.get("noesis", "null"))
-    except (
-        SafetensorError,
-        struct.error,
-        ValueError,
-        AttributeError,
-        TypeError,
-        KeyError,
-        RuntimeError,
-        AssertionError,
-    ) as error:
-        raise BadFile(
-            f"{path} is not a readable safetensors file ({type(error).__name__}: {error})",
-            f"a noesis {KIND} file",
-            "It may be truncated; write it again",
-        ) from None
     return tensors, files.check_header(header, KIND, path)
 
 

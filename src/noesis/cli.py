@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from ._version import __version__
 from .errors import NoesisError
+from .tables import escaped
 
 ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 #: Seeds that torch takes.
@@ -70,7 +71,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _note(text: str) -> None:
-    print(f"noesis: {text}", file=sys.stderr, flush=True)
+    print(f"noesis: {escaped(text)}", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------- arguments

@@ -336,6 +336,13 @@ class LayerCodebook(nn.Module):
         weights = self.counts.clamp(min=0.5)
         self.log_weights = (weights / weights.sum()).log()
 
+    def forget(self) -> None:
+        """Have no codes, as when it was made; the parameters stay the objects that they are."""
+        for parameter in (self.projection, self.codes):
+            if not isinstance(parameter, UninitializedParameter):
+                parameter.data = torch.empty(0, device=parameter.device)
+                parameter.__class__ = UninitializedParameter
+
     def extra_repr(self) -> str:
         """Sizes and usage."""
         if not self.ready:

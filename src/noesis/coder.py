@@ -408,18 +408,29 @@ class Coder:
         *earlier, last = vectors
         return [*earlier[:-1], last] if last == self.head else [*earlier, last]
 
-    def adopt(self, books: dict[str, LayerCodebook], calibration: Calibration) -> None:
-        """Take codebooks and what is normal for them."""
-        self.take(books)
-        self.calibration = calibration
+    def adopt(self, books: dict[str, LayerCodebook], calibration: Calibration | None) -> None:
+        """Take codebooks and what is normal for them, all or none; parameters stay the objects that an optimiser holds.
 
-    def take(self, books: dict[str, LayerCodebook]) -> None:
-        """Take codebooks; parameters stay the objects that an optimiser may hold."""
-        for name, book in books.items():
-            device = self.books[name].centre.device
-            buffer = self.channels[name].buffer
-            self.books[name].restore(book.arrays())
-            self.books[name].to(device if buffer is None else buffer.device)
+        An interruption in between puts back what was there.
+        """
+        ready = [name for name in books if self.books[name].ready]
+        before = {name: {part: array.copy() for part, array in self.books[name].arrays().items()} for name in ready}
+        calibration_before = self.calibration
+        try:
+            for name, book in books.items():
+                device = self.books[name].centre.device
+                buffer = self.channels[name].buffer
+                self.books[name].restore(book.arrays())
+                self.books[name].to(device if buffer is None else buffer.device)
+            self.calibration = calibration
+        except BaseException:
+            for name in books:
+                if name in before:
+                    self.books[name].restore(before[name])
+                else:
+                    self.books[name].forget()
+            self.calibration = calibration_before
+            raise
 
     def _fitted(
         self,

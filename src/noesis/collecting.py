@@ -309,8 +309,8 @@ def bar(loader: Iterable[Any], progress: bool) -> Iterable[Any]:
 def evaluating(root: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards each module is in the mode it was in."""
     before = {module: module.training for module in root.modules()}
-    root.eval()
     try:
+        root.eval()
         yield
     finally:
         for module, training in before.items():

@@ -17,7 +17,7 @@ from . import files
 from .errors import BadFile, BadType, BadValue
 from .significance import judge
 from .soulprint import Soulprint
-from .tables import table
+from .tables import csv_quoting, plain, table
 from .trace import Trace
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class Comparison:
     def to_csv(self) -> str:
         """The rows as CSV with a header line."""
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
+        writer = csv.writer(text, lineterminator="\n", quoting=csv_quoting(row.layer for row in self.rows))
         names = [each.name for each in dataclasses.fields(Row)]
         writer.writerow(names)
         writer.writerows([getattr(row, name) for name in names] for row in self.rows)
@@ -199,7 +199,7 @@ class Comparison:
         if self.first_divergence is not None:
             where = self.first_divergence
             what = f"{where.stat} {where.a:.6g} -> {where.b:.6g}"
-            parts.append(f"first divergence: step {where.step}, layer {where.layer} ({what})")
+            parts.append(f"first divergence: step {where.step}, layer {plain(where.layer)} ({what})")
         columns = ["layer", "effect", "mean_a", "mean_b", "std_a", "std_b"]
         lines = [[row.layer, *(f"{getattr(row, name):.4g}" for name in columns[1:])] for row in self.rows[:top]]
         if self.baseline:
@@ -215,7 +215,7 @@ class Comparison:
         for label, names in (("only in a", self.only_in_a), ("only in b", self.only_in_b)):
             if names:
                 more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-                parts.append(f"{label}: {', '.join(names[:5])}{more}")
+                parts.append(f"{label}: {', '.join(map(plain, names[:5]))}{more}")
         return "\n".join(parts)
 
 

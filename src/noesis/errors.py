@@ -13,8 +13,8 @@ class NoesisError(Exception):
     """Everything noesis raises on purpose.
 
     Members are also the fitting builtin (`ValueError`, `TypeError`, `FileNotFoundError`,
-    `ImportError`, `MemoryError`, `RuntimeError`), so code that does not know noesis still
-    catches what it means to catch.
+    `OSError`, `ImportError`, `MemoryError`, `RuntimeError`), so code that does not know
+    noesis still catches what it means to catch.
 
     Example:
         >>> import noesis, torch
@@ -52,6 +52,10 @@ class BadFile(NoesisError, ValueError):
 
 class MissingFile(NoesisError, FileNotFoundError):
     """A file or folder is not there, or holds nothing to read."""
+
+
+class Inaccessible(NoesisError, OSError):
+    """A file or folder cannot be read or written: no room, no permission, something else in its place."""
 
 
 class MissingExtra(NoesisError, ImportError):

@@ -11,9 +11,13 @@ import io
 import json
 import math
 import os
+import re
+import secrets
 import struct
-import tempfile
+import sys
 import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,43 +27,86 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as pack_safetensors
 
-from .errors import BadFile, BadValue, MissingFile
+from .errors import BadFile, BadValue, Inaccessible, MissingFile, NoesisError
 
 FORMAT_VERSION = 1
 #: A JSON file may unpack to at most this many bytes, so that a small gzip cannot fill the memory.
 LARGEST_JSON = 1 << 30
+#: A gzip file may unpack to so many times its size, and always to so many bytes.
+LARGEST_RATIO, LEAST_UNPACKED = 64, 1 << 26
+#: JSON may take so many times its size in memory (by an estimate that is a fifth too low at worst), and always so many
+#: bytes.
+LARGEST_IN_MEMORY, LEAST_BOUND = 4, 1 << 28
+_NOT_TRUSTED = ("a file of noesis' own", "Save it as .safetensors; if it is not yours, do not trust it")
+
+_KEY_OR_STRING = re.compile(r'"[^"\\]*"(?=\s*:)|(?<=:)\s*"[^"\\]*"')
 
 Arrays = dict[str, NDArray[Any]]
 PathLike = str | os.PathLike[str]
 
 
 def write_bytes(path: PathLike, data: bytes) -> Path:
-    """Write a whole file or none: temporary file in the same folder, fsync, rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
+    """Write a whole file or none."""
+    return write_all([(path, data)])[0]
+
+
+def write_all(contents: Iterable[tuple[PathLike, bytes]]) -> list[Path]:
+    """Write whole files, all or none: temporary files in the same folders, fsync, then rename.
+
+    Raises:
+        NoesisError: (an OSError) naming the path that cannot be written.
+    """
+    ready: list[tuple[Path, Path]] = []
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)  # mkstemp gives 0600; a result is an ordinary file
-        Path(temporary).replace(path)
+        for name, data in contents:
+            path = Path(name)
+            temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}.tmp"
+            ready.append((temporary, path))
+            with accessing(path, "written"):
+                if path.exists() and not path.is_file():  # a device, say, which renaming would put a file in place of
+                    raise IsADirectoryError("a folder or a device is in its place")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with temporary.open("xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+        for temporary, path in ready:
+            with accessing(path, "written"):
+                temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        for temporary, _ in ready:
+            with suppress(OSError, ValueError):
+                temporary.unlink(missing_ok=True)
         raise
-    return path
+    return [path for _, path in ready]
+
+
+@contextmanager
+def accessing(path: PathLike, how: str) -> Iterator[None]:
+    """Have what the system refuses inside be an error of noesis that names the path."""
+    try:
+        yield
+    except NoesisError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: the name has a NUL, or half of a surrogate pair
+        why = getattr(error, "strerror", None) or error
+        refused = Inaccessible(
+            f"{path} cannot be {how} ({why})",
+            "a path that can be",
+            "Check the path, its permissions, and the room left",
+        )
+        refused.errno = getattr(error, "errno", None)
+        raise refused from error
 
 
 def read_bytes(path: PathLike) -> bytes:
     """The bytes of a file, or an error that names it."""
     path = Path(path)
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "not there"
-        raise MissingFile(f"{path} is {what}", "a file", "Check the path")
-    return path.read_bytes()
+    with accessing(path, "read"):
+        if not path.is_file():
+            what = "a folder" if path.is_dir() else "not there"
+            raise MissingFile(f"{path} is {what}", "a file", "Check the path")
+        return path.read_bytes()
 
 
 def save_tensors(path: PathLike, kind: str, arrays: Arrays, header: dict[str, Any]) -> Path:
@@ -83,20 +130,47 @@ def load_tensors(path: PathLike, kind: str) -> tuple[Arrays, dict[str, Any]]:
 
 def parse_tensors(data: bytes, kind: str, path: PathLike) -> tuple[Arrays, dict[str, Any]]:
     """The same from bytes; `path` is what errors call them."""
-    try:
-        length = struct.unpack("<Q", data[:8])[0]
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    with reading_tensors(path, kind):
+        header = read_header(data, path)
         arrays = parse_safetensors(data)
-        header = json.loads(metadata.get("noesis", "null"))
-        if strange := [name for name, array in arrays.items() if array.dtype.kind not in "fiub"]:
+        # As noesis writes them. Of bytes, float64 would be eight times the file.
+        strange = [name for name, array in arrays.items() if array.dtype.kind not in "fiu" or array.dtype.itemsize < 4]
+        if strange:
             raise TypeError(f"{strange[0]} is of dtype {arrays[strange[0]].dtype}")
-    except (SafetensorError, struct.error, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+    return arrays, check_header(header, kind, path)
+
+
+@contextmanager
+def reading_tensors(path: PathLike, kind: str) -> Iterator[None]:
+    """Have what can be wrong with a safetensors file be an error of noesis."""
+    try:
+        yield
+    except NoesisError:
+        raise
+    except (
+        SafetensorError,
+        struct.error,
+        ValueError,
+        AttributeError,
+        TypeError,
+        KeyError,
+        RuntimeError,
+        AssertionError,
+    ) as error:
         raise BadFile(
             f"{path} is not a readable safetensors file ({type(error).__name__}: {error})",
             f"a noesis {kind}",
             "It may be truncated; write it again",
         ) from None
-    return arrays, check_header(header, kind, path)
+
+
+def read_header(data: bytes, path: PathLike) -> Any:
+    """What noesis wrote into the metadata of a safetensors file, from the file's bytes."""
+    length = struct.unpack("<Q", data[:8])[0]
+    text = data[8 : 8 + length].decode()
+    inner = _parsed(text, len(data), path).get("__metadata__", {}).get("noesis", "null")
+    del text
+    return _parsed(inner, len(data), path)
 
 
 def dump_json(value: Any, indent: int | None = None) -> str:
@@ -137,30 +211,34 @@ def unknown_suffix(path: Path, known: str = ".safetensors, .json or .json.gz") -
 def save_json(path: PathLike, kind: str, payload: dict[str, Any]) -> Path:
     """Write a JSON object of the given kind; gzip when the name ends in `.gz`."""
     full = {"format": f"noesis.{kind}", "format_version": FORMAT_VERSION, **payload}
-    return _write_text(path, dump_json(full))
+    return write_bytes(path, _packed(path, dump_json(full)))
 
 
-def write_json(path: PathLike, payload: dict[str, Any]) -> Path:
-    """Write a JSON object as it is; gzip when the name ends in `.gz`."""
-    return _write_text(path, json.dumps(payload, default=_plain))  # v0.1 wrote NaN as NaN, and so does this
+def json_bytes(path: PathLike, payload: dict[str, Any]) -> bytes:
+    """A JSON object as it is, for a file of this name; v0.1 wrote NaN as NaN, and so does this."""
+    return _packed(path, json.dumps(payload, default=_plain))
 
 
-def _write_text(path: PathLike, text: str) -> Path:
+def _packed(path: PathLike, text: str) -> bytes:
     data = text.encode()
     # mtime=0: the same content gives the same bytes.
-    return write_bytes(path, gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data)
+    return gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data
 
 
 def read_json(path: PathLike) -> dict[str, Any]:
     """The JSON object in a file, gzipped or not (told by its first bytes, not by its name)."""
-    data = read_bytes(path)
+    data: bytes | bytearray = read_bytes(path)
     try:
         if data[:2] == b"\x1f\x8b":
-            with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-                data = file.read(LARGEST_JSON + 1)
-        if len(data) > LARGEST_JSON:
-            raise BadFile(f"{path} unpacks to more than {LARGEST_JSON} bytes", "a noesis JSON file", "Do not trust it")
-        value = json.loads(data)
+            data = _unpacked(data, path)
+        size = len(data)
+        if size > LARGEST_JSON:
+            raise _too_large(path, LARGEST_JSON)
+        if 2 * _width(data) * size > max(LEAST_BOUND, LARGEST_IN_MEMORY * size):
+            raise BadFile(f"{path} has characters that make it eight times as large in memory", *_NOT_TRUSTED)
+        text = str(data, json.detect_encoding(data), "surrogatepass")
+        del data  # before there is as much again, and more
+        value = _parsed(text, size, path)
     except BadFile:
         raise
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
@@ -172,6 +250,66 @@ def read_json(path: PathLike) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadFile(f"{path} holds a JSON {type(value).__name__}", "a JSON object", "Check the path")
     return value
+
+
+def _unpacked(data: bytes | bytearray, path: PathLike) -> bytearray:
+    """What a gzip file holds, within bounds: it could be a thousand times its size."""
+    most = min(LARGEST_JSON, max(LEAST_UNPACKED, LARGEST_RATIO * len(data)))
+    unpacked = bytearray()
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        while piece := file.read(1 << 20):
+            unpacked += piece
+            if len(unpacked) > most:
+                raise _too_large(path, most)
+    return unpacked
+
+
+def _width(data: bytes | bytearray) -> int:
+    """Bytes per character of the text in memory: the widest character decides for all."""
+    return 4 if re.search(rb"[\xf0-\xff]", data) else 2 if re.search(rb"[\xc4-\xff]", data) else 1
+
+
+def _too_large(path: PathLike, most: int) -> BadFile:
+    return BadFile(f"{path} unpacks to more than {most} bytes", "a noesis JSON file", "Do not trust it")
+
+
+def _parsed(text: str, size: int, path: PathLike) -> Any:
+    """The value of a JSON text, unless its objects would take far more memory than the file.
+
+    `[[],[],` takes 30 times its text. Strings that come again, such as the fields of records, are kept once.
+    """
+    keys, told = text.count(":"), text.count(': "') + text.count(':"')
+    strings = max(0, text.count('"') // 2 - keys - told)
+    # A number or null with its place in a list, an empty list, object, or string.
+    needed = sys.getsizeof(text) + 32 * text.count(",") - 24 * text.count("null")
+    needed += 64 * text.count("[") + 200 * text.count("{") + 50 * strings
+    most = max(LEAST_BOUND, LARGEST_IN_MEMORY * size)
+    if needed + 50 * (keys + told) <= most:
+        return json.loads(text)
+    needed += int(50 * (keys + told) * _share_of_new_strings(text))
+    if needed > most:
+        raise BadFile(
+            f"{path} would take about {needed} bytes of memory for {size} of JSON, and {most} are allowed",
+            *_NOT_TRUSTED,
+        )
+    known: dict[str, str] = {}
+
+    def with_known_strings(value: dict[str, Any]) -> dict[str, Any]:
+        for key, inner in value.items():
+            if type(inner) is str:
+                value[key] = known.setdefault(inner, inner)
+        return value
+
+    return json.loads(text, object_hook=with_known_strings)
+
+
+def _share_of_new_strings(text: str) -> float:
+    """Of the keys and the strings behind them, the share that did not come before, in pieces drawn by chance."""
+    found: list[str] = []
+    for _ in range(64):
+        start = secrets.randbelow(len(text))
+        found += _KEY_OR_STRING.findall(text, start, start + 4096)
+    return len(set(found)) / max(1, len(found))
 
 
 def check_header(header: Any, kind: str, path: PathLike) -> dict[str, Any]:

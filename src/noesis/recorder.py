@@ -399,10 +399,11 @@ class Recorder:
     @contextmanager
     def no_mark(self) -> Iterator[None]:
         """Forwards inside are no steps; their vectors are kept until the next one, and forgotten at the end."""
-        before, self.aside, self.aside_forwards = self.aside, {}, 0
-        if self.coder is not None:
-            self.coder.forget()  # forwards are counted anew, and are none of those before
+        before = self.aside
         try:
+            self.aside, self.aside_forwards = {}, 0
+            if self.coder is not None:
+                self.coder.forget()  # forwards are counted anew, and are none of those before
             yield
         finally:
             self.aside, self.batch = before, None

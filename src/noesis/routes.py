@@ -22,7 +22,7 @@ from .errors import BadFile, WrongState
 from .kernels.routing import ENTROPY, FIELDS, MEASURED, NEIGHBOURS, SWITCHES, TOKENS, UNIT, RouteBank
 from .kernels.stepping import FORWARDS, NUMBER, OBSERVED
 from .selecting import PRESETS, is_linear, router_declarations
-from .tables import counted, table
+from .tables import counted, plain, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -445,8 +445,8 @@ class Routes(Routing):
             if not tokens and name not in self.unmeasured
         ]
         if still:
-            parts.append(f"never ran: {', '.join(still)}")
-        parts += [f"not measured: {name} ({why})" for name, why in self.unmeasured.items()]
+            parts.append(f"never ran: {', '.join(map(plain, still))}")
+        parts += [f"not measured: {plain(name)} ({plain(why)})" for name, why in self.unmeasured.items()]
         return "\n".join(parts)
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from . import files, v01
 from .errors import BadFile, BadValue
-from .tables import counted, table
+from .tables import counted, plain, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -102,6 +102,7 @@ class Soulprint:
             return cls._from(arrays, header, path)
         value = files.read_json(path)
         if v01.looks_like(value):
+            del value  # before it is read again
             old = v01.read_soulprint(path)
             meta = {**old.meta, "run": old.run_id, "source": "noesis v0.1"}
             return cls(old.means, old.stds, old.layers, old.steps, meta)
@@ -144,7 +145,7 @@ class Soulprint:
     def __repr__(self) -> str:
         head = f"Soulprint of {counted(len(self.layers), 'layer')} over {counted(self.steps, 'step')}"
         keys = ("model", "prompt", "seed", "run")
-        known = [f"{key}={self.meta[key]}" for key in keys if self.meta.get(key) is not None]
+        known = [f"{key}={plain(str(self.meta[key]))}" for key in keys if self.meta.get(key) is not None]
         lines = [
             [name, f"{mean:.4g}", f"{std:.4g}"]
             for name, mean, std in zip(self.layers, self.means, self.stds, strict=True)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 MOST_ROWS = 24
+#: Characters of a cell, or of a name in a sentence.
+LONGEST = 200
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]], most: int = MOST_ROWS) -> str:
@@ -18,7 +22,7 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]], most: int = MOS
         head   1.25
     """
     cut = len(lines) - most
-    shown = [list(line) for line in lines]
+    shown = [[plain(cell) for cell in line] for line in lines]
     if cut > 0:
         half = most // 2
         gap = [f"... {cut} more ...", *[""] * (len(header) - 1)]
@@ -42,3 +46,26 @@ def counted(number: int, noun: str) -> str:
         ('1 step', '3 steps')
     """
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def csv_quoting(texts: Iterable[str]) -> Literal[0, 1]:
+    """How to quote CSV whose lines end in a newline alone: csv itself would leave carriage returns in a name bare."""
+    return csv.QUOTE_ALL if any("\r" in text for text in texts) else csv.QUOTE_MINIMAL
+
+
+def plain(text: str) -> str:
+    """Text as `escaped`, and of a long one the beginning and the end."""
+    return escaped(text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}")
+
+
+def escaped(text: str) -> str:
+    r"""Text on one line, without what a terminal would obey: names come from models, and files from anybody.
+
+    Example:
+        >>> from noesis.tables import escaped
+        >>> print(escaped("fc" + chr(27) + "[2J"))
+        fc\x1b[2J
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from . import files
 from .alignment import Token, align
 from .errors import BadFile, BadType, BadValue
-from .tables import counted, table
+from .tables import counted, plain, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -174,9 +174,9 @@ class TokenDeltas:
                 lines.append(f"tokens only in {run}: {_some([f'{token!r} at {where}' for where, token in unpaired])}")
         for run, names in (("a", self.only_in_a), ("b", self.only_in_b)):
             if names:
-                lines.append(f"layers only in {run}: {_some(names)}")
+                lines.append(f"layers only in {run}: {_some([plain(name) for name in names])}")
         if nonfinite := self.nonfinite:
-            where = "at {} in a, {} in b, layer {}".format(*nonfinite[0])
+            where = plain("at {} in a, {} in b, layer {}".format(*nonfinite[0]))
             lines.append(f"not finite: {len(nonfinite)} of {self.values.size} deltas, first {where}")
         divergent = self.divergent
         lines.append(f"{counted(len(divergent), 'divergent token')} (mean 1 - cosine above {self.threshold:.3g})")

@@ -14,7 +14,7 @@ from . import files, v01
 from .errors import BadFile, BadValue, MissingFile, WrongState
 from .kernels import rows
 from .soulprint import Soulprint
-from .tables import counted, table
+from .tables import counted, plain, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -274,6 +274,7 @@ class Trace:
             return cls._from_arrays(*files.load_tensors(path, "trace"), path)
         value = files.read_json(path)
         if v01.looks_like(value):
+            del value  # before it is read again
             return cls._from_v01(v01.read_run(path, run))
         return cls.from_json(value, path)
 
@@ -323,7 +324,9 @@ class Trace:
     @classmethod
     def _from_payload(cls, payload: dict[str, Any], path: Path | str) -> Trace:
         try:
-            arrays = {name: np.asarray(value, dtype=np.float64) for name, value in payload["arrays"].items()}
+            given = payload["arrays"]
+            # One by one, so that lists of numbers are gone when the next array is made.
+            arrays = {name: np.asarray(given.pop(name), dtype=np.float64) for name in list(given)}
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise _broken(path, error) from None
         return cls._from_arrays(arrays, payload, path)
@@ -332,7 +335,7 @@ class Trace:
     def _from_arrays(cls, arrays: files.Arrays, header: dict[str, Any], path: Path | str, prefix: str = "") -> Trace:
         try:
             layers, stats = [str(name) for name in header["layers"]], tuple(str(name) for name in header["stats"])
-            values = arrays[prefix + "values"].astype(np.float64)
+            values = arrays[prefix + "values"]
             shapes = {
                 "values": (len(values), len(layers), len(stats)),
                 "steps": (len(values),),
@@ -346,10 +349,10 @@ class Trace:
             integers = ("steps", "order", "calls", "batches")
             kept: dict[str, Any] = {}
             for name, shape in shapes.items():
-                array = arrays[prefix + name]
+                array = arrays.pop(prefix + name)
                 if array.shape != shape and array.size + np.prod(shape):
                     raise ValueError(f"{prefix + name} has shape {array.shape}, expected {shape}")
-                kept[name] = array.reshape(shape).astype(np.float64)
+                kept[name] = array.reshape(shape).astype(np.float64, copy=False)
                 if name in integers:
                     kept[name] = _whole(kept[name], prefix + name)
             _whole(kept["averages"][:, 0], "averages")
@@ -407,11 +410,11 @@ class Trace:
         ]
         parts = [head, table(["layer", *shown], lines)]
         if self.never_ran:
-            parts.append(f"never ran: {', '.join(self.never_ran)}")
-        parts += [f"not measured: {name} ({why})" for name, why in self.unmeasured.items()]
+            parts.append(f"never ran: {', '.join(map(plain, self.never_ran))}")
+        parts += [f"not measured: {plain(name)} ({plain(why)})" for name, why in self.unmeasured.items()]
         found = self.first_nonfinite()
         if found:
-            parts.append(f"first NaN or infinity: step {found[0]}, layer {found[1]}")
+            parts.append(f"first NaN or infinity: step {found[0]}, layer {plain(found[1])}")
         return "\n".join(parts)
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadFile, BadType, BadValue
-from ..files import dump_json
+from ..files import accessing, dump_json
+from ..tables import csv_quoting
 
 #: Takes the numbers of one step, and its number.
 Writer = Callable[[Mapping[str, float], int], None]
@@ -96,14 +97,25 @@ def _hand_over(target: Any, method: str, numbers: Mapping[str, float], step: int
 
 
 def _append(path: Path, text: str) -> None:
-    """Add whole lines at the end, in one write."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # a writer was killed, or an editor left it like this
-                text = "\n" + text
-        file.write(text.encode())
+    """Add whole lines at the end, or nothing."""
+    with accessing(path, "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            if before:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a writer was killed, or an editor left it like this
+                    text = "\n" + text
+            left = memoryview(text.encode())
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except BaseException:
+                # No half line, unless somebody has written behind it since.
+                written = len(text.encode()) - len(left)
+                if os.fstat(file.fileno()).st_size == before + written:
+                    file.truncate(before)
+                raise
 
 
 def _csv_lines(path: Path, numbers: Mapping[str, float], step: int) -> str:
@@ -113,7 +125,7 @@ def _csv_lines(path: Path, numbers: Mapping[str, float], step: int) -> str:
     columns = _columns(path)
     if columns is None:
         columns = list(row)
-        csv.writer(lines, lineterminator="\n").writerow(columns)
+        csv.writer(lines, lineterminator="\n", quoting=csv_quoting(columns)).writerow(columns)
     new = [name for name in row if name not in columns]
     if new:
         raise BadValue(
@@ -127,8 +139,9 @@ def _csv_lines(path: Path, numbers: Mapping[str, float], step: int) -> str:
 
 def _columns(path: Path) -> list[str] | None:
     """The header of a CSV file; None if there is nothing in it yet."""
-    if not path.exists() or not path.stat().st_size:
-        return None
+    with accessing(path, "read"):
+        if not path.exists() or not path.stat().st_size:
+            return None
     try:
         with path.open(newline="", encoding="utf-8") as file:
             columns = next(csv.reader(file), [])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import BadFile, MissingFile
-from ..files import read_json
+from ..files import accessing, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -56,7 +56,9 @@ def trace_files(folder: Path) -> list[Path]:
     """Files in a folder that are named like traces of v0.1."""
     if not folder.is_dir():
         raise MissingFile(f"{folder} is no folder", "a folder of v0.1 traces", ASK_PATH)
-    return sorted(path for path in folder.iterdir() if re.match(r"unet_trace_.+\.json(\.gz)?\Z", path.name))
+    with accessing(folder, "read"):
+        found = list(folder.iterdir())
+    return sorted(path for path in found if re.match(r"unet_trace_.+\.json(\.gz)?\Z", path.name))
 
 
 def read_typed(path: Path, kind: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 from loguru import logger
 
 from ..errors import BadFile, BadValue, MissingFile
-from ..files import PathLike, write_json
+from ..files import PathLike, json_bytes, write_bytes
 from .fields import FIT, LARGEST_STEP, SOULPRINT, bad, get, head, numbers, read_typed, repeated, trace_files, whole
 from .names import bare_names, qualified
 from .traces import check_identity, read_steps
@@ -146,16 +146,17 @@ def write_soulprint(p: Print, path: PathLike) -> Path:
         "soulprint": [*p.means.tolist(), *p.stds.tolist()],
     }
     names = {} if _inferred_names(index, rows) == p.layers else {"layer_names": p.layers}
-    return write_json(path, {**payload, **names})
+    return write_bytes(path, json_bytes(path, {**payload, **names}))
 
 
 def _layer_index(value: dict[str, Any], rows: int, path: Path) -> dict[str, int]:
     where = f"{path}, 'layer_index'"
     given = get(value, "layer_index", dict, path)
-    index = {name: whole(given, name, where, most=rows - 1) for name in given}
-    if (row := repeated(index.values())) is not None:
+    for name in given:
+        whole(given, name, where, most=rows - 1)
+    if (row := repeated(given.values())) is not None:
         raise bad(where, f"row {row} belongs to two layers", "a row for each layer")
-    return index
+    return given
 
 
 def _given_names(value: dict[str, Any], index: dict[str, int], rows: int, path: Path) -> list[str]:
@@ -194,6 +195,8 @@ def _names_from_traces(path: Path, run_id: str, index: dict[str, int], rows: int
 
 def _inferred_names(index: dict[str, int], rows: int) -> list[str]:
     """The names of all rows from `layer_index` alone, `unnamed#<row>` where it does not say."""
+    if len(index) == rows:
+        return sorted(index, key=index.__getitem__)
     names = [f"unnamed#{row}" for row in range(rows)]
     named = sorted((row, name) for name, row in index.items())
     for row, name in named:

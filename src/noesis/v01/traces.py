@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import BadValue, MissingFile
-from ..files import PathLike, write_json
+from ..files import PathLike, json_bytes, write_all
 from .fields import (
     ASK_PATH,
     FIT,
@@ -45,8 +45,9 @@ if TYPE_CHECKING:
 #: The last axis of `Run.values`.
 STATS = ("mean", "std", "abs_mean", "min", "max")
 
-#: Steps x layers of one run. A hostile file could name a new layer in every step and fill the memory.
-_MOST_CELLS = 1 << 25
+#: Steps x layers of one run, at most so many, or so many times its records. A hostile file could name a new layer in
+#: every step and fill the memory.
+_MOST_CELLS, _MOST_PER_RECORD = 1 << 16, 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,15 +205,17 @@ def write_run(
     stem = Path(folder) / f"unet_trace_{run.run_id}"
     head = {"type": TRACE, "run_id": run.run_id}
     if not single_file:
-        return [
-            write_json(f"{stem}_step{step:03d}{suffix}", {**head, "step": int(step), "meta": run.meta, "records": rows})
+        each = (
+            (f"{stem}_step{step:03d}{suffix}", {**head, "step": int(step), "meta": run.meta, "records": rows})
             for step, rows in zip(run.steps, records, strict=True)
-        ]
+        )
+        return write_all((name, json_bytes(name, payload)) for name, payload in each)
     if empty := [step for step, rows in zip(run.steps, records, strict=True) if not rows]:
         given = f"nothing ran in steps {empty[:5]}, and a single-file trace keeps a step only through its records"
         raise BadValue(given, "a record in every step", "Write one file per step: single_file=False")
     flat = [record for rows in records for record in rows]
-    return [write_json(f"{stem}{suffix}", {**head, "meta": run.meta, "records": flat})]
+    name = f"{stem}{suffix}"
+    return write_all([(name, json_bytes(name, {**head, "meta": run.meta, "records": flat}))])
 
 
 def read_steps(path: Path) -> tuple[str, list[_Step]]:
@@ -273,9 +276,11 @@ def _merge(run_id: str, steps: list[_Step], path: Path) -> Run:
         raise bad(path, f"there are no records of run {run_id!r}", "a trace with at least one record")
     if len(layers) != sum(most_calls.values()):
         raise bad(path, f"layers of run {run_id!r} are called like calls of others ('name#2')", "other names")
-    if len(steps) * len(layers) > _MOST_CELLS:
-        what = f"run {run_id!r} has {len(layers)} layers over {len(steps)} steps"
-        raise bad(path, what, f"{_MOST_CELLS} rows at most", "Read it file by file, or do not trust it")
+    records = sum(len(one.names) for one in steps)
+    most = max(_MOST_CELLS, _MOST_PER_RECORD * records)
+    if len(steps) * len(layers) > most:
+        what = f"run {run_id!r} has {len(layers)} layers over {len(steps)} steps, and {records} records"
+        raise bad(path, what, f"{most} rows at most", "Read it file by file, or do not trust it")
     column = {name: at for at, name in enumerate(layers)}
     values = np.full((len(steps), len(layers), len(STATS)), np.nan)
     counts = np.zeros((len(steps), len(layers)))
