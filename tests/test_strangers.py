@@ -6,6 +6,7 @@ More cases than by default: NOESIS_FUZZ_CASES=100000 pytest tests/test_strangers
 from __future__ import annotations
 
 import csv
+import copy
 import gzip
 import json
 import math
@@ -135,7 +136,7 @@ FORMATS: dict[str, tuple[Write, str, type]] = {
     "v0.1 steps": (v01_steps, "x.json.gz", noesis.Trace),
     "v0.1 single file": (v01_single, "x.json", noesis.Trace),
 }
-EACH = CASES // (len(FORMATS) + 1)
+EACH = CASES // (len(FORMATS) + 2)
 
 
 # ---------------------------------------------------------------- making them strange
@@ -167,7 +168,7 @@ def with_odd_values(value: Any, chance: random.Random) -> Any:
         elif how < 0.35 and isinstance(holder, dict):
             holder[str(chance.choice(ODD))] = holder.pop(last)
         else:
-            holder[last] = chance.choice(ODD)
+            holder[last] = copy.deepcopy(chance.choice(ODD))
     return value
 
 
@@ -288,6 +289,35 @@ def test_strange_calibrations_are_read_or_refused(calibrated: noesis.Wrapped, tm
         assert not np.isnan(want.score).any()
         assert ((want.p_value > 0) & (want.p_value <= 1)).all()
         repr(want)
+    assert EACH // 4 < refused < EACH
+
+
+def test_strange_states_of_runs_are_read_or_refused(calibrated: noesis.Wrapped, tmp_path: Path) -> None:
+    path = noesis.RunState(calibrated).save(tmp_path / "run.json")
+    good = json.loads(path.read_text())
+    other = model(codebook=True)
+    other(torch.randn(5, 4))
+    chance, refused = random.Random(0), 0
+    for case in range(EACH):
+        data = strange(json.dumps(good).encode(), chance)
+        if chance.random() < 0.7:  # inside what is text in there
+            part = chance.choice(["run", "codes"])
+            inner = json.dumps(with_odd_values(json.loads(good[part]), chance))
+            data = json.dumps({**good, part: inner}).encode()
+        path.write_bytes(data)
+        before = other.calibration, other._recorder.earlier
+        try:
+            noesis.RunState(other).load(path)
+        except noesis.NoesisError:
+            refused += 1
+            assert (other.calibration, other._recorder.earlier) == before  # nothing half taken
+            continue
+        except Exception as error:
+            raise AssertionError(f"case {case}: {type(error).__name__} for {data[:2000]!r}") from error
+        other(torch.randn(5, 4))
+        assert_sound(other.trace())
+        if other.calibration is not None:
+            assert not np.isnan(other.surprise().score).any()
     assert EACH // 4 < refused < EACH
 
 
