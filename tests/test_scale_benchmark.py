@@ -26,7 +26,8 @@ def test_merging_ranks_is_measured(scaling, tmp_path, capsys) -> None:
         assert case["sent_bytes_per_rank"] == 256 * 3 * 10 * 8
         assert case["held_bytes"] == case["ranks"] * case["sent_bytes_per_rank"]  # one piece, so few are they
         assert case["file_bytes_per_rank"] > 256 * 3 * 7 * 8
-        assert case["merge_seconds"] > case["combine_seconds"] > 0
+        assert case["merge_seconds"] > 0
+        assert case["combine_seconds"] > 0
     assert "    9 ranks x 3 layers x 256 steps" in capsys.readouterr().out
 
 
