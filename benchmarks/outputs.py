@@ -51,6 +51,8 @@ def of(bench: Bench, layers: str) -> Bench:
     bench.step(bench.module)()
     for handle in handles:
         handle.remove()
+    called = {name for name, _ in seen}
+    chosen = {name: layer for name, layer in chosen.items() if name in called}  # not those that the model never calls
     module = Outputs()
     for name, layer in chosen.items():
         parent, _, leaf = name.rpartition(".")

@@ -5,8 +5,8 @@ More cases than by default: NOESIS_FUZZ_CASES=100000 pytest tests/test_strangers
 
 from __future__ import annotations
 
-import csv
 import copy
+import csv
 import gzip
 import json
 import math
