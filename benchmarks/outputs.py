@@ -47,8 +47,9 @@ def of(bench: Bench, layers: str) -> Bench:
 
         return hook
 
+    run = bench.step(bench.module)  # which may fill a cache first
     handles = [layer.register_forward_hook(keep(name)) for name, layer in chosen.items()]
-    bench.step(bench.module)()
+    run()
     for handle in handles:
         handle.remove()
     called = {name for name, _ in seen}
