@@ -6,7 +6,7 @@ per process, at the first tensor. Nothing is cached on disk, since Numba's cache
 A tile is read twice while it lies in the first cache: for its sum and extremes, then for what is
 measured about its mean (the corrected two-pass algorithm: Chan, Golub, LeVeque 1983, "Algorithms
 for computing the sample variance"). Tiles merge in float64. Extremes are compared as integers in
-the order of the floats, which NaN cannot escape: a tile with one is read again, element by element.
+an order of the floats, which NaN cannot escape: a tile with one is read again, element by element.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TINY = np.float32(1e-30)
 HIGH = len(FIELDS)  # where the high parts of the counts begin
 #: A sum may be taken in any order, which is the same one each time; NaN and infinity stay what they are.
 REORDER = {"reassoc", "contract", "nsz"}
-INFINITE = np.int32(0x7F800000)
+INFINITE, NEGATIVE_INFINITE = np.int32(0x7F800000), np.uint32(0xFF800000)
 MAGNITUDE = np.int32(0x7FFFFFFF)
 LARGEST, SMALLEST = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
 
@@ -68,20 +68,29 @@ def _widen(narrow: Any, kind: int, bits: Any) -> None:
 
 
 @njit
-def _ordered(bits: Any) -> Any:
-    """An integer that compares as the float of these bits; its own inverse."""
-    return bits ^ ((bits >> np.int32(31)) & MAGNITUDE)
+def _extremes(bits: Any) -> Any:
+    """The bits of the least and the largest float, which NaN cannot escape, and whether all are finite.
+
+    As integers floats compare in their order, but negative ones backwards: with a sign the largest is the largest
+    float, if any is positive, without one the largest is the least float, if any is negative, and with a sign the
+    least is the one of the two that is still missing.
+    """
+    least, largest, largest_of_all = LARGEST, SMALLEST, np.uint32(0)
+    for i in range(bits.size):
+        least, largest = min(least, bits[i]), max(largest, bits[i])
+        largest_of_all = max(largest_of_all, np.uint32(bits[i]))
+    low = np.int32(largest_of_all) if largest_of_all > np.uint32(LARGEST) else least
+    high = largest if largest >= 0 else least
+    return low, high, largest < INFINITE and largest_of_all < NEGATIVE_INFINITE
 
 
 @njit(fastmath=REORDER)
 def _tile(x: Any, bits: Any, count_zeros: bool, row: Any) -> None:
     """Fields of one tile into `row`, with the sum of squares about the mean for `std` and |x|'s sum for `abs_mean`."""
-    total, low, high = np.float32(0), LARGEST, SMALLEST
+    total = np.float32(0)
     for i in range(x.size):
         total += x[i]
-    for i in range(x.size):
-        key = _ordered(bits[i])
-        low, high = min(low, key), max(high, key)
+    low, high, finite = _extremes(bits)
     mean = total / np.float32(x.size)
     shift, squares, absolute = np.float32(0), np.float32(0), np.float32(0)
     for i in range(x.size):
@@ -93,13 +102,12 @@ def _tile(x: Any, bits: Any, count_zeros: bool, row: Any) -> None:
     if count_zeros:
         for i in range(x.size):
             zeros += (bits[i] & MAGNITUDE) == 0
-    finite = high < INFINITE and low > _ordered(INFINITE | SMALLEST)
     within = squares > TINY and squares < np.inf and absolute < np.inf
     if not finite or not (within or low == high):
         _tile_with_care(x, count_zeros, row)
         return
     row[COUNT], row[NONFINITE], row[ZEROS] = x.size, 0, zeros
-    extremes = np.array([_ordered(low), _ordered(high)], np.int32).view(np.float32)
+    extremes = np.array([low, high], np.int32).view(np.float32)
     row[MIN], row[MAX] = extremes[0], extremes[1]
     if low == high:
         row[MEAN], row[STD], row[ABS_MEAN] = row[MIN], 0.0, abs(row[MIN]) * x.size
