@@ -426,3 +426,15 @@ def test_bad_arguments(options: dict[str, Any], error: type[Exception], match: s
         Alarms(noesis.wrap(nn.Sequential(nn.Linear(2, 2))), **options)
     with pytest.raises(BadType, match=r"Alarms\(Linear\)\. Expected what noesis\.wrap returned\. Wrap the model first"):
         Alarms(nn.Linear(2, 2))
+
+
+def test_nan_that_left_the_ring_after_resuming_is_found() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    wrapped = noesis.wrap(model, layers="0", capacity=2)
+    wrapped(torch.full((9, 2), float("nan")))
+    noesis.RunState(wrapped).load_state_dict(noesis.RunState(wrapped).state_dict())
+    alarms = noesis.Alarms(wrapped, on_alarm=lambda alarm: None)
+    wrapped(torch.full((1, 2), float("nan")))
+    for _ in range(3):
+        wrapped(torch.ones(1, 2))
+    assert [alarm.kind for alarm in alarms.check()] == ["nonfinite"]

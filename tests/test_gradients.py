@@ -139,6 +139,45 @@ def test_recomputed_layers_have_their_gradients(reentrant: bool) -> None:
     assert (recomputed.trace().calls <= 1).all()
 
 
+class Recomputed(nn.Module):
+    """Two layers, the second of which is recomputed twice."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.reentrant = nn.Linear(2, 3), nn.Linear(3, 3), reentrant
+
+    def inner(self, x: Tensor) -> Tensor:
+        return checkpoint(self.second, self.first(x), use_reentrant=self.reentrant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+def leaf(size: int) -> Tensor:
+    return torch.ones(size, 2, requires_grad=True)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # those of the inner checkpoint
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_layers_have_their_gradients_in_the_step_of_their_forward(reentrant: bool) -> None:
+    wrapped = noesis.wrap(Recomputed(reentrant), layers="leaves", gradients=True)
+    outputs = [wrapped(leaf(size)) for size in (1, 2)] + [checkpoint(wrapped, leaf(3), use_reentrant=reentrant)]
+    with wrapped.paused():
+        outputs.append(wrapped(leaf(4)))
+    for output in outputs:
+        output.sum().backward()
+    assert wrapped.gradients()["count"].tolist() == [[3, 3], [6, 6], [9, 9]]
+    before = wrapped(leaf(5))
+    wrapped.reset()
+    wrapped(leaf(6))
+    before.sum().backward()
+    assert not wrapped.gradients()["count"].any()
+    wrapped.every = 2
+    for size in (7, 8, 9):
+        wrapped(leaf(size)).sum().backward()
+    assert wrapped.gradients()["count"].tolist() == [[0, 0], [24, 24]]
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_an_output_picker_that_fails_does_not_stop_the_recomputation(reentrant: bool) -> None:
     wrapped = noesis.wrap(Net(recompute=reentrant), layers="linear", output=lambda output: output[99], gradients=True)
@@ -227,6 +266,30 @@ def test_layers_without_a_gradient_are_named() -> None:
     assert found["count"].tolist() == [[0, 0, 0], [0, 0, 2]]
 
 
+class Unused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, unused: Tensor) -> Tensor:
+        return x + unused
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def test_no_gradient_at_all_is_no_strange_gradient() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Unused.apply(self.used(x), self.unused(x))
+
+    wrapped = noesis.wrap(Two(), layers="leaves", gradients=True)
+    wrapped(torch.ones(1, 2)).sum().backward()
+    assert (wrapped.gradients().unmeasured, wrapped.gradients().never_ran) == ({}, ["unused"])
+
+
 @pytest.mark.parametrize(("shape", "never"), [((5, 2), []), ((5, 6, 2), ["0"])])
 def test_a_view_that_is_modified_in_place_has_no_gradient(shape: tuple[int, ...], never: list[str]) -> None:
     """What autograd does: changing a view in place replaces the node that a hook waits at. Linear of 3-d is a view."""
@@ -307,6 +370,46 @@ def test_compiled_code_gives_none_and_says_so() -> None:
     compiled(torch.ones(1, 2)).sum().backward()
     assert len(wrapped.trace()) == 1
     assert "compiled code gives none" in wrapped.gradients().unmeasured["0"]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it traces
+def test_layers_of_a_compiled_block_are_named() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), nn.Linear(3, 1))
+    wrapped = noesis.wrap(model, layers="all", gradients=True)
+    model[0].compile(backend="eager", fullgraph=True)
+    wrapped(torch.ones(1, 2)).sum().backward()
+    found = wrapped.gradients()
+    assert found["count"].tolist() == [[3, 0, 0, 1]]
+    assert list(found.unmeasured) == ["0.0", "0.1"]
+    assert "compiled code gives none" in found.unmeasured["0.0"]
+
+
+def test_outputs_that_cannot_be_measured_are_named() -> None:
+    wrapped = noesis.wrap(nn.Sequential(nn.Linear(2, 3)), layers="0", gradients=True)
+    x = torch.nested.nested_tensor([torch.ones(2, 2), torch.ones(3, 2)], layout=torch.jagged)
+    wrapped(x).values().sum().backward()
+    assert wrapped.gradients().unmeasured == wrapped.trace().unmeasured != {}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it traces
+def test_compiled_autograd_runs_as_one_graph_and_gives_none() -> None:
+    """It traces hooks, and what a traced hook did read the memory of tensors that were gone."""
+    torch.manual_seed(0)
+    bare = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3))
+    wrapped = noesis.wrap(copy.deepcopy(bare), layers="leaves", gradients=True)
+    for net in (bare, wrapped):
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+            net(torch.ones(2, 2)).sum().backward()
+    assert same([p.grad for p in bare.parameters()], [p.grad for p in wrapped.parameters()])
+    assert wrapped.gradients().never_ran == ["0", "1", "2"]
+
+
+def test_skipped_forwards_give_none_when_some_were_compiled() -> None:
+    wrapped = noesis.wrap(nn.Sequential(nn.Linear(2, 3)), layers="leaves", gradients=True, every=2)
+    torch.compile(wrapped.model, backend="eager")(torch.ones(1, 2))
+    for size in (1, 2, 3):
+        wrapped(torch.ones(size, 2)).sum().backward()
+    assert wrapped.gradients()["count"].tolist() == [[3], [9]]
 
 
 def test_calibrating_leaves_no_mark(tmp_path) -> None:

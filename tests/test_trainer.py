@@ -105,6 +105,14 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     assert equal(wrapped.state_dict(), whole.model.state_dict())
 
 
+def test_totals_that_are_not_beside_the_checkpoint_are_told(tmp_path: Path) -> None:
+    trainer(build("llama"), tmp_path / "run").train()
+    wrapped = noesis.wrap(build("llama"))
+    again = trainer(wrapped, tmp_path / "again", callbacks=[NoesisCallback(wrapped)])
+    with pytest.warns(noesis.NoesisWarning, match=r"noesis.json is not there, so totals begin at step 2"):
+        again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+
+
 def test_totals_go_on_from_a_checkpoint(tmp_path: Path) -> None:
     whole, first, again = (noesis.wrap(build("llama"), gradients=True) for _ in range(3))
     for wrapped, folder, options in ((whole, "whole", {}), (first, "run", {"max_steps": 2}), (again, "run", {})):

@@ -172,7 +172,7 @@ class Alarms:
         self._always_bad = np.ones(layers, bool)  # in every step so far, as a layer that gives a mask is
         self._lifeless = np.zeros(layers, np.int64)  # steps in a row
         self._since = np.zeros(layers, np.int64)  # the first of them
-        trace = self._wrapped.trace()
+        trace = self._wrapped._recorder.trace()  # without what came before the run was resumed, as in `_look`
         forwards, observed = self._wrapped._recorder.counted()
         self._run: str = trace.meta["run"]
         self._next: int = forwards  # the number of the next forward to look at

@@ -6,9 +6,12 @@ gradient keeps the mark of its forward, and its row goes to that step, as long a
 
 from __future__ import annotations
 
+import sys
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .errors import WrongState
@@ -16,6 +19,8 @@ from .kernels.stepping import ACTIVE, ENABLED, FOLD, SLOT
 from .recorder import Recorder
 
 NOWHERE = -1
+#: Forwards whose recomputation is still told apart.
+REMEMBERED = 4096
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,9 @@ class GradientRecorder(Recorder):
         self.run = 0  # resets so far
         self.begun = 0  # observed steps of the run
         self.aim = 0  # the step that rows go to
+        # Numbers that autograd had given its nodes by the end of each forward, and the mark of those before it.
+        self.ends: deque[tuple[int, Mark]] = deque(maxlen=REMEMBERED)
+        self.recomputed = Mark(0, 0, None)  # of the latest recomputation
         for bank in self.banks:
             bank.control[FOLD] = 1  # what is still in the ring may change, so it must not be in the totals yet
 
@@ -47,14 +55,35 @@ class GradientRecorder(Recorder):
             self.begun += 1
             self.aim = self.begun
 
+    def end(self) -> None:
+        """A forward of the root is over; its step is not."""
+        self.ends.append((_nodes(), self.mark()))
+        self.skipping = False
+
+    def pause(self, paused: bool) -> None:
+        """Stop observing, or go on."""
+        if self.paused and not paused:
+            self.ends.append((_nodes(), Mark(self.run, NOWHERE, None)))
+        super().pause(paused)
+
     def reset(self, meta: dict[str, Any]) -> None:
         """Forget the run and start another one, which gradients of earlier forwards are no part of."""
         super().reset(meta)
+        self.ends.append((_nodes(), Mark(self.run, NOWHERE, None)))
         self.run, self.begun, self.aim = self.run + 1, 0, 0
 
     def mark(self) -> Mark:
         """The forward that is running."""
-        return Mark(self.run, self.begun, self.batch)
+        return Mark(self.run, NOWHERE if self.skipping else self.begun, self.batch)
+
+    def mark_of_recomputed(self) -> Mark:
+        """The forward that a backward pass recomputes a part of: its node was made before that forward ended."""
+        number, before = torch._C._current_autograd_node()._sequence_nr(), sys.maxsize
+        for end, mark in reversed(self.ends):
+            if not number < end <= before:  # made since: a checkpoint in what is recomputed; or of another thread
+                break
+            self.recomputed, before = mark, end
+        return self.recomputed
 
     def take(self, gradient: Tensor, index: int, mark: Mark) -> None:
         """Merge a gradient into the row of layer `index` of the step it belongs to.
@@ -62,7 +91,7 @@ class GradientRecorder(Recorder):
         Raises:
             NoesisError: when the ring no longer holds that step.
         """
-        if self.paused or mark.run != self.run:
+        if self.paused or mark.run != self.run or mark.step == NOWHERE:
             return
         if mark.step <= self.begun - self.banks[0].capacity:
             raise WrongState("Its step had left the ring before the backward pass", "a larger ring", "Raise capacity")
@@ -73,3 +102,8 @@ class GradientRecorder(Recorder):
             self.aim = mark.step
         self.batch = mark.batch
         self.observe(gradient, index, self.places[index])
+
+
+def _nodes() -> int:
+    """How many nodes autograd has numbered in this thread."""
+    return int(torch._C._autograd._get_sequence_nr())

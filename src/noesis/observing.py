@@ -18,7 +18,7 @@ from torch.utils.hooks import unserializable_hook
 
 from .coder import Channel
 from .errors import BadType, WrongState
-from .gradients import GradientRecorder, Mark
+from .gradients import NOWHERE, GradientRecorder, Mark
 from .kernels import disturbed, recomputing, undisturbed
 from .outputs import batch_of, hidden_state, is_dtensor, part_emitted, part_here, register_block
 from .recorder import Recorder
@@ -110,7 +110,7 @@ class Site:
                 if not aside:
                     self.recorder.observe(x, self.index, self.places)
                     if self.gradients is not None and whole.requires_grad:
-                        self.await_gradient(whole, self.gradients)
+                        self.await_gradient(whole, self.gradients, self.gradients.mark())
                 if self.channel is not None and x is not whole and x.shape != whole.shape:
                     self.channel.drop("a DTensor, whose vectors are spread over ranks")
                 elif self.channel is not None:
@@ -118,15 +118,18 @@ class Site:
         if self.doubt is not None:
             self.keep_doubt(output, self.doubt)
 
-    def await_gradient(self, x: Tensor, gradients: GradientRecorder) -> None:
+    def await_gradient(self, x: Tensor, gradients: GradientRecorder, mark: Mark) -> None:
         """Measure the gradient of an output once a backward pass has it."""
         if x.grad_fn is None:  # a hook would stay on it from step to step
             gradients.unmeasured[self.name] = "a tensor that nothing was computed from: its gradient is its .grad"
             return
-        mark = gradients.mark()  # and not `x`, which a hook must not keep alive
+        if mark.step == NOWHERE:
+            return
 
-        def take(gradient: Tensor) -> None:
-            self.take(gradient, gradients, mark)
+        def take(gradient: Tensor | None) -> None:  # which must not keep `x` alive
+            # Compiled autograd traces hooks; and a node may pass on no gradient at all.
+            if gradient is not None and not torch.compiler.is_compiling():
+                self.take(gradient, gradients, mark)
 
         x.register_hook(unserializable_hook(take))  # or torch would warn when the output is saved
 
@@ -152,13 +155,14 @@ class Site:
         if self.gradients is None or not recomputing():
             return
         try:
+            mark = self.gradients.mark_of_recomputed()
             x: Any = hidden_state(output, self.stream) if self.pick is None else self.pick(output)
             reason = unmeasurable(x)
             if reason is not None:
                 with undisturbed():
                     _, reason = part_of(x, reason)
             if reason is None and x.requires_grad:
-                self.await_gradient(x, self.gradients)
+                self.await_gradient(x, self.gradients, mark)
         except Exception as error:  # whatever an output may be, training goes on
             self.gradients.unmeasured[self.name] = f"{type(error).__name__}: {error}"
 

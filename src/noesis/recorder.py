@@ -291,6 +291,8 @@ class Recorder:
             return
         for bank in self.banks:
             bank.end()
+        if self.gradients is not None and not torch.compiler.is_compiling():
+            self.gradients.end()
 
     def observe(self, x: Tensor, index: int, places: list[Tensor]) -> None:
         """Merge what `x` holds into the row of layer `index` of the current step; `places` is `places[index]`."""

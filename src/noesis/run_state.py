@@ -32,7 +32,8 @@ class RunState:
     hold, come along, and so do the totals of `gradients()`. Rows per sample are not kept.
 
     It is a `Stateful` of `torch.distributed.checkpoint`: put it beside the model and the optimizer. In a run of many
-    ranks pass `group`: the totals are merged over it, so that they may be resumed on another number of ranks.
+    ranks pass `group`: the totals are merged over it as by `trace(group=...)`, so that they may be resumed on another
+    number of ranks.
 
     Example:
         >>> import torch, noesis

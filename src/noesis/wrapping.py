@@ -283,8 +283,15 @@ class Wrapped(Judging, nn.Module):
             )
         trace: Trace = self._recorder.gradients.trace()
         trace.meta |= {**self._recorder.meta, "of": "gradients"}
-        if self._recorder.on_device:
-            for name in trace.never_ran:
+        compiled = [
+            f"{name}."
+            for name, module in self._root.named_modules()
+            if module._compiled_call_impl or hasattr(module, "_orig_mod")
+        ]
+        for name in trace.never_ran:
+            if name in self._recorder.unmeasured:
+                trace.unmeasured[name] = self._recorder.unmeasured[name]
+            elif self._recorder.on_device or name.startswith(tuple(compiled)):
                 trace.unmeasured[name] = "no gradient that eager code gave: compiled code gives none"
         return self._told(trace, self._recorder.gradients.earlier, group, timeout)
 

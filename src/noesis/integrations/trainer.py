@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
-from loguru import logger
-
+from ..errors import NoesisWarning
 from ..run_state import RunState
 from .callbacks import Callback
 
@@ -55,7 +55,12 @@ class NoesisCallback(Callback):
         if path.is_file():
             RunState(self.wrapped).load(path)
         else:
-            logger.warning("{} is not there, so totals begin at step {}", path, state.global_step)
+            warnings.warn(
+                f"{path} is not there, so totals begin at step {state.global_step}. To go on from a checkpoint of another "
+                "folder, call noesis.RunState(wrapped).load(path) at the first step.",
+                NoesisWarning,
+                stacklevel=2,
+            )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Go on observing after an evaluation."""
