@@ -106,6 +106,7 @@ class Watch:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("network", [classifier, Pictures, Tokens])
 @pytest.mark.parametrize("optimizer", [sgd, adam])
+@pytest.mark.slow
 def test_healthy_training_raises_none(network: Callable[[], nn.Module], optimizer: Any, seed: int) -> None:
     torch.manual_seed(seed)
     model = network()

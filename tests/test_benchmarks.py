@@ -224,6 +224,7 @@ def test_atomics_need_a_cuda_device(script):
         peers.attach("atomics", small(), ["0"])
 
 
+@pytest.mark.slow
 def test_atomics_count_what_is_there():
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs triton")
@@ -255,6 +256,7 @@ def test_a_tensor_is_found_where_layers_return_several(script):
 # ---------------------------------------------------------------- from measuring to the table
 
 
+@pytest.mark.slow
 def test_overhead_writes_what_the_table_shows(script, tmp_path, capsys):
     path = tmp_path / "overhead.json"
     overhead, table = script("overhead"), script("table")
@@ -284,6 +286,7 @@ def test_overhead_writes_what_the_table_shows(script, tmp_path, capsys):
     assert f"torch {torch.__version__}" in text
 
 
+@pytest.mark.slow
 def test_the_outputs_of_a_model_are_observed_without_it(script, tmp_path):
     path, overhead = tmp_path / "alone.json", script("overhead")
     common = ["--rounds", "2", "--seconds", "0.0001", "--modes", "outputs", "--json", str(path)]
@@ -298,6 +301,7 @@ def test_the_outputs_of_a_model_are_observed_without_it(script, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mlp", "resnet50"])
+@pytest.mark.slow
 def test_stand_ins_return_what_the_layers_returned(script, name):
     models, outputs = script("models"), script("outputs")
     bench = models.build(name, "cpu", models.Size(batch=1, pixels=32))
@@ -364,6 +368,7 @@ def test_mistakes_are_told(script, arguments, said):
         script("overhead").main(arguments)
 
 
+@pytest.mark.slow
 def test_kernel_and_scaling_measure(script, tmp_path, capsys):
     script("kernel").main(
         ["--dtypes", "float16", "--max-bytes", "4K", "--rounds", "2", "--json", str(tmp_path / "kernel.json")]
@@ -412,6 +417,7 @@ def test_every_step_of_run_all_is_a_command_that_parses(script, monkeypatch):
                 assert set(options.layers) <= set(known)
 
 
+@pytest.mark.slow
 def test_run_all_goes_on_after_a_failure_and_says_so(script, tmp_path, monkeypatch, capsys):
     run_all = script("run_all")
     tasks = (

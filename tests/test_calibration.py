@@ -47,6 +47,7 @@ def judged(made: Coder, layers: dict[str, np.ndarray], logits: np.ndarray) -> Su
 
 
 @pytest.mark.parametrize("by_class", [False, True])
+@pytest.mark.slow
 def test_false_alarms_are_as_many_as_promised_over_200_seeds(by_class):
     alphas = np.array([0.01, 0.05, 0.1])
     realised, possible = [], []

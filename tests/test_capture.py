@@ -270,6 +270,7 @@ def test_not_a_model() -> None:
 
 
 @torch.no_grad()  # with gradients, Dynamo itself warns where a graph breaks
+@pytest.mark.slow
 def test_compiled_inside_is_seen_and_stays_silent_after_leaving() -> None:
     torch.compiler.reset()
     model, x = network(), torch.randn(3, 4)
@@ -490,6 +491,7 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
             Activations.load(path)
 
 
+@pytest.mark.slow
 def test_any_flipped_byte_gives_a_result_or_a_noesis_error(tmp_path: Path) -> None:
     path = mixed().save(tmp_path / "acts.safetensors")
     data = path.read_bytes()

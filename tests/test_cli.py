@@ -145,6 +145,7 @@ def test_help_is_instant_and_needs_no_torch() -> None:
 @pytest.mark.parametrize(
     "first", ["", "import noesis.capture as m", "from noesis.tokens import token_deltas", "import noesis; noesis.Trace"]
 )
+@pytest.mark.slow
 def test_capture_is_the_function_whatever_was_imported_before(first: str) -> None:
     done = fresh(
         "-c",
@@ -774,6 +775,7 @@ def test_a_library_that_prints_does_not_reach_stdout(run: Run, tmp_path: Path, m
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_json_of_a_process_is_pure(llama: Path, tmp_path: Path) -> None:
     line = f"trace --model {llama} --prompt Once --max-new-tokens 2 --json --out {tmp_path}"
     done = fresh("-m", "noesis.cli", *line.split())
@@ -852,6 +854,7 @@ def test_an_id_that_cannot_be_reached(tmp_path: Path) -> None:
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_an_id_in_the_cache(llama: Path, tmp_path: Path) -> None:
     snapshot = tmp_path / "hub" / "models--a--b" / "snapshots" / ("0" * 40)
     shutil.copytree(llama, snapshot)

@@ -365,6 +365,7 @@ def test_the_registered_op_passes_torchs_own_checks():
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, which the interpreter computes with, on infinity
 @pytest.mark.parametrize(("channels", "count"), [(3, 50), (16, 200), (100, 400), (200, 300)])
+@pytest.mark.slow
 def test_the_triton_kernel_agrees(channels, count):
     pytest.importorskip("triton")
     from noesis.kernels.coding_triton import code_triton

@@ -190,6 +190,7 @@ def test_blocks_compiled_one_by_one_share_one_graph(order):
     np.testing.assert_allclose(trace.values[-1], fresh.trace().values[0], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_hundred_steps_through_train_and_eval_with_changing_every():
     wrapped = noesis.wrap(nn.Sequential(small(), nn.Dropout(0.5)), layers="all", every=2)
     call, counter = compiled(wrapped.model)

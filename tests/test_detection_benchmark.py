@@ -363,6 +363,7 @@ def test_the_digits_are_trained_once_and_kept(detection, tmp_path):
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_resnet20_is_as_accurate_as_its_authors_say(detection, data):
     case = detection.sets.case(1, data=data)
     assert set(case.near) <= set(case.out)

@@ -109,6 +109,7 @@ def test_a_bet_on_uniform_ranks_keeps_its_capital_in_the_mean() -> None:
         monitor.update(0.3)
 
 
+@pytest.mark.slow
 def test_an_unlucky_calibration_set() -> None:
     """The bound is over calibration sets too; the unluckiest of twenty is no disaster, as without online ranks."""
     rng, alpha = np.random.default_rng(0), 0.05

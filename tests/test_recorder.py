@@ -153,6 +153,7 @@ def test_calls_between_forwards_belong_to_the_next_step():
     assert trace.order.tolist() == [[1, 3, 4], [1, 3, 4]]
 
 
+@pytest.mark.slow
 def test_same_input_twice_gives_bitwise_the_same_rows():
     wrapped = noesis.wrap(small(), layers="all", per_sample=True)
     x = batches(1, 3000)[0]
@@ -297,6 +298,7 @@ def test_runs_are_not_nested_and_reset_keeps_their_meta():
 
 
 @pytest.mark.parametrize("setting", ["torch.set_default_dtype(torch.bfloat16)", "torch.set_default_device('meta')"])
+@pytest.mark.slow
 def test_defaults_of_torch_do_not_matter(setting):
     """In a process of its own, since scratch memory is made once."""
     code = f"""

@@ -733,6 +733,7 @@ KILLED = """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+@pytest.mark.slow
 def test_killed_while_saving_there_is_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     script = textwrap.dedent(KILLED)
     done = subprocess.run(

@@ -81,6 +81,7 @@ def trace_of(model, ids) -> noesis.Trace:
     return trace
 
 
+@pytest.mark.slow
 def test_same_input_twice_is_the_same_trace(llama, prompts):
     one, other = (trace_of(llama[0], prompts[0][:, :20]) for _ in range(2))
     assert len(one) == 6

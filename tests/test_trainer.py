@@ -111,8 +111,11 @@ def test_totals_that_are_not_beside_the_checkpoint_are_told(tmp_path: Path) -> N
     again = trainer(wrapped, tmp_path / "again", callbacks=[NoesisCallback(wrapped)])
     with pytest.warns(noesis.NoesisWarning, match=r"noesis.json is not there, so totals begin at step 2"):
         again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    noesis.RunState(wrapped).load_state_dict(noesis.RunState(noesis.wrap(build("llama"))).state_dict())
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))  # whoever loaded it knows
 
 
+@pytest.mark.slow
 def test_totals_go_on_from_a_checkpoint(tmp_path: Path) -> None:
     whole, first, again = (noesis.wrap(build("llama"), gradients=True) for _ in range(3))
     for wrapped, folder, options in ((whole, "whole", {}), (first, "run", {"max_steps": 2}), (again, "run", {})):
@@ -126,6 +129,7 @@ def test_totals_go_on_from_a_checkpoint(tmp_path: Path) -> None:
         assert (len(other), other.dropped_steps) == (2, 2)
 
 
+@pytest.mark.slow
 def test_labels_of_a_classifier_and_evaluation(tmp_path: Path) -> None:
     data = [{"input_ids": row, "labels": int(row[0]) % 2} for row in prompts(16, 8)]
     options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "eval_dataset": data}
@@ -142,6 +146,7 @@ def test_labels_of_a_classifier_and_evaluation(tmp_path: Path) -> None:
     assert torch.equal(torch.as_tensor(ours.predict(data).predictions), torch.as_tensor(bare.predict(data).predictions))
 
 
+@pytest.mark.slow
 def test_a_compiled_model(tmp_path: Path) -> None:
     options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 2}
     torch._dynamo.reset()
@@ -154,6 +159,7 @@ def test_a_compiled_model(tmp_path: Path) -> None:
     assert equal(saved.state_dict(), wrapped.state_dict())
 
 
+@pytest.mark.slow
 def test_adapters(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
 

@@ -100,6 +100,7 @@ def test_mean_far_from_zero(offset, dtype):
     ],
 )
 @pytest.mark.parametrize("size", [2000, 70_001])
+@pytest.mark.slow
 def test_ranges(make, size):
     x = make(torch.randn(size, device=DEVICE))
     check(measured(x)[0], x)
@@ -107,6 +108,7 @@ def test_ranges(make, size):
 
 @pytest.mark.parametrize("bad", [[math.nan], [math.inf], [-math.inf], [math.nan, math.inf, -math.inf], [-math.nan]])
 @pytest.mark.parametrize("size", [1, 2, 100, 70_001])
+@pytest.mark.slow
 def test_nonfinite(bad, size):
     x = torch.randn(size, device=DEVICE)
     for position, value in enumerate(bad):
@@ -133,6 +135,7 @@ def test_nonfinite(bad, size):
         lambda x: x.unflatten(1, (2, 3)).unflatten(3, (1, 31))[:, :, ::2, :, ::2, ::2],  # more gaps than dimensions
     ],
 )
+@pytest.mark.slow
 def test_strides(view, samples):
     x = view(torch.randn(4, 6, 31, 33, device=DEVICE))
     got = measured(x, samples)
@@ -196,6 +199,7 @@ def test_nothing_is_written_while_inactive():
 
 
 @pytest.mark.parametrize("samples", [0, 3])
+@pytest.mark.slow
 def test_bitwise_the_same_and_ready_for_the_next(samples):
     x = torch.randn(3, 40_001, device=DEVICE)
     first = measured(x, samples)
@@ -233,6 +237,7 @@ class Spoil(nn.Module):
 @pytest.mark.parametrize("samples", [0, 2])
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("layers", [2, 300])  # one program, and several
+@pytest.mark.slow
 def test_steps_are_those_of_the_cpu(samples, every, layers):
     cpu = State(samples=samples, every=every, layers=layers)
     device = State(samples=samples, every=every, layers=layers, device=DEVICE)

@@ -54,10 +54,10 @@ class NoesisCallback(Callback):
         path = _beside(args, state)
         if path.is_file():
             RunState(self.wrapped).load(path)
-        else:
+        elif self.wrapped._recorder.earlier is None:
             warnings.warn(
-                f"{path} is not there, so totals begin at step {state.global_step}. To go on from a checkpoint of another "
-                "folder, call noesis.RunState(wrapped).load(path) at the first step.",
+                f"{path} is not there, so totals begin at step {state.global_step}. To go on from a checkpoint that "
+                "lies elsewhere, call noesis.RunState(wrapped).load(path) before train().",
                 NoesisWarning,
                 stacklevel=2,
             )
