@@ -123,6 +123,7 @@ def test_healthy_training_raises_none(network: Callable[[], nn.Module], optimize
 
 @pytest.mark.parametrize("every", [1, 7, 50])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.slow
 def test_the_first_nan_is_located(value: float, every: int) -> None:
     model = classifier()
     wrapped = noesis.wrap(model, layers="all")
@@ -237,6 +238,7 @@ def test_a_layer_that_is_dead_for_a_moment_is_not() -> None:
 
 @pytest.mark.parametrize(("network", "optimizer"), [(classifier, sgd), (Pictures, sgd), (Tokens, adam)])
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.slow
 def test_too_high_a_learning_rate_is_caught(network: Callable[[], nn.Module], optimizer: Any, seed: int) -> None:
     torch.manual_seed(seed)
     model = network()

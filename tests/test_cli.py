@@ -736,6 +736,7 @@ def test_interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_a_reader_that_has_gone_is_no_error(v01: Path) -> None:
     read, write = os.pipe()
     os.close(read)
@@ -784,6 +785,7 @@ def test_json_of_a_process_is_pure(llama: Path, tmp_path: Path) -> None:
     assert f"noesis: wrote {tmp_path / 'trace.safetensors'}" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_exit_code_of_a_process(tmp_path: Path) -> None:
     done = fresh("-m", "noesis.cli", "compare", str(tmp_path / "a"), str(tmp_path / "b"))
     assert (done.returncode, done.stdout) == (2, "")
@@ -791,6 +793,7 @@ def test_the_exit_code_of_a_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_a_missing_package_names_its_extra(llama: Path, sdxl: Path, v01: Path, tmp_path: Path) -> None:
     missing = "diffusers", "transformers", "matplotlib"
     a, b = v01 / "run_a", v01 / "run_b"
@@ -844,6 +847,7 @@ def test_a_folder_never_asks_the_network(
     assert run("layers", "--model", sdxl).code == 0
 
 
+@pytest.mark.slow
 def test_an_id_that_cannot_be_reached(tmp_path: Path) -> None:
     done = fresh("-m", "noesis.cli", "layers", "--model", "a/b", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert done.returncode == 2

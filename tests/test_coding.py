@@ -326,6 +326,7 @@ def test_calls_of_one_forward_are_averaged_and_forwards_are_not(path):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spread", [True, False])
+@pytest.mark.slow
 def test_the_triton_kernel_pools_alike(shape, channel, dtype, spread):
     pytest.importorskip("triton")
     from noesis.kernels.pooling_triton import pool_triton

@@ -623,6 +623,7 @@ def test_workers_of_a_data_loader(method: str) -> None:
 
 
 def _serve(wrapped: noesis.Wrapped, results: Any) -> None:
+    torch.set_num_threads(1)  # as in the workers of a DataLoader: threads of OpenMP do not survive a fork
     with torch.no_grad():
         y = wrapped(some(3))
     results.put((y.tolist(), wrapped.trace()["count"][:, 0].tolist(), len(wrapped.surprise().p_value)))

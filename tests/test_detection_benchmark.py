@@ -394,6 +394,7 @@ def test_the_stories_are_of_the_models_own_kind(detection, data, tmp_path):
 
 @pytest.mark.data
 @pytest.mark.parametrize("number", [5, 6])
+@pytest.mark.slow
 def test_the_blind_sets_are_what_they_say(detection, data, tmp_path, number):
     build, seeds = detection.blind_sets.BLIND[number]
     models = {5: detection.classifiers.SmallViT(), 6: detection.classifiers.CharGRU(96, 2)}
@@ -450,6 +451,7 @@ def ood(monkeypatch, detection, tmp_path):
     return script
 
 
+@pytest.mark.slow
 def test_digits_from_the_command_to_the_tables(ood, tmp_path, capsys):
     pytest.importorskip("sklearn")
     path = tmp_path / "ood.json"

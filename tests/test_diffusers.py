@@ -680,6 +680,7 @@ def test_a_compiled_denoiser(pipelines: dict[str, Any], order: str) -> None:
 
 
 @pytest.mark.parametrize("order", ["wrap then compile", "compile then wrap"])
+@pytest.mark.slow
 def test_a_compiled_part_alone(pipelines: dict[str, Any], order: str) -> None:
     part = copy.deepcopy(pipelines["sd15"].unet.time_embedding)
     x = torch.randn(2, 32)

@@ -198,6 +198,7 @@ def outputs_of_all(steps: range, part: str) -> list[np.ndarray]:
     return found
 
 
+@pytest.mark.slow
 def test_uneven_and_empty_ranks(four: Path) -> None:
     whole, traces = merged(four, "uneven", 4), own(four, "uneven", 4)
     assert [len(trace) for trace in traces] == [7, 6, 7, 0]
@@ -215,6 +216,7 @@ def test_uneven_and_empty_ranks(four: Path) -> None:
         np.testing.assert_allclose(whole.values[:, index, :7], values, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_steps_calls_and_meta_of_four_ranks(four: Path) -> None:
     whole = merged(four, "uneven", 4)
     assert whole.batches.tolist() == [18] * 6 + [12]
@@ -232,6 +234,7 @@ def test_steps_calls_and_meta_of_four_ranks(four: Path) -> None:
     np.testing.assert_array_equal(soulprint.vector, whole.soulprint().vector)
 
 
+@pytest.mark.slow
 def test_steps_that_a_ring_dropped(four: Path) -> None:
     whole, full = merged(four, "ring", 4), merged(four, "uneven", 4)
     assert [trace.dropped_steps for trace in own(four, "ring", 4)] == [3, 2, 3, 0]
@@ -247,6 +250,7 @@ def test_steps_that_a_ring_dropped(four: Path) -> None:
     assert (whole.averages[:, 2] != full.averages[:, 2]).any()
 
 
+@pytest.mark.slow
 def test_samples_stand_side_by_side(four: Path) -> None:
     whole, traces = merged(four, "samples", 4), own(four, "samples", 4)
     assert [len(trace.samples) for trace in traces] == [3, 6, 9, 0]
@@ -260,6 +264,7 @@ def test_samples_stand_side_by_side(four: Path) -> None:
     np.testing.assert_allclose(whole.values, merged(four, "uneven", 4).values[..., :7], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_resumed(four: Path) -> None:
     whole, full = merged(four, "resumed", 4), merged(four, "uneven", 4)
     assert (whole.dropped_steps, whole.steps.tolist()) == (3, [0, 1, 2, 3])
@@ -268,6 +273,7 @@ def test_a_run_that_was_resumed(four: Path) -> None:
     np.testing.assert_allclose(whole.values, full.values[3:, :, :7], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_four_ranks_is_resumed_by_one(four: Path) -> None:
     wrapped = noesis.wrap(script("four").Sometimes(), layers="linear")
     with pytest.warns(UserWarning, match="single process"):
@@ -276,6 +282,7 @@ def test_a_checkpoint_of_four_ranks_is_resumed_by_one(four: Path) -> None:
     assert wrapped.trace().totals[0, 0] == 3 * (3 + 6 + 9) * 8
 
 
+@pytest.mark.slow
 def test_stages_of_a_pipeline(four: Path) -> None:
     whole = merged(four, "stages", 4)
     assert whole.layers == [f"stage{rank}.{part}" for rank in range(4) for part in (0, 1)]
@@ -285,12 +292,14 @@ def test_stages_of_a_pipeline(four: Path) -> None:
     assert whole.never_ran == []
 
 
+@pytest.mark.slow
 def test_nothing_is_sent_unless_asked(four: Path) -> None:
     assert told(four, 2)["alone"] < 5
     trace = Trace.load(four / "uneven.own2.safetensors")
     assert trace.batches.tolist() == [9] * 7
 
 
+@pytest.mark.slow
 def test_a_group_of_some_ranks(four: Path) -> None:
     assert (four / "some.1.safetensors").read_bytes() == (four / "some.2.safetensors").read_bytes()
     some = Trace.load(four / "some.1.safetensors")
@@ -299,6 +308,7 @@ def test_a_group_of_some_ranks(four: Path) -> None:
         assert told(four, rank)["outside"].startswith("BadType: group=a group that this process is not in.")
 
 
+@pytest.mark.slow
 def test_wrong_groups_and_times(four: Path) -> None:
     said = told(four, 0)
     assert said["not a group"] == (
@@ -307,12 +317,14 @@ def test_wrong_groups_and_times(four: Path) -> None:
     assert said["no time"].startswith("BadValue: timeout=0. Expected seconds to wait for the other ranks")
 
 
+@pytest.mark.slow
 def test_ranks_with_other_statistics(four: Path) -> None:
     for rank in (0, 1, 3):
         assert "Rank 1 has the statistics count, mean" in told(four, rank)["stats"]
         assert "Pass the same stats= to wrap" in told(four, rank)["stats"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_died_is_named(four: Path) -> None:
     assert "missing" not in told(four, 2)
     for rank in (0, 1, 3):
@@ -336,6 +348,7 @@ def one_process(steps: int) -> Trace:
 
 
 @pytest.mark.parametrize("way", ["around the model", "around the container", "inside"])
+@pytest.mark.slow
 def test_data_parallel(two: Path, way: str) -> None:
     assert told(two, 0)["ddp"][way]  # to the bit as the bare model trains
     assert told(two, 1)["ddp"][way]
@@ -348,6 +361,7 @@ def test_data_parallel(two: Path, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["wrap, then shard", "shard, then wrap"])
+@pytest.mark.slow
 def test_fully_sharded(two: Path, way: str) -> None:
     assert told(two, 0)["fsdp"][way]  # gradients to the bit as without noesis
     assert told(two, 1)["fsdp"][way]
@@ -359,6 +373,7 @@ def test_fully_sharded(two: Path, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["local", "dtensor", "rows", "partial", "compiled"])
+@pytest.mark.slow
 def test_tensor_parallel(two: Path, way: str) -> None:
     for rank in range(2):
         said = told(two, rank)
@@ -385,6 +400,7 @@ def test_tensor_parallel(two: Path, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["local", "dtensor", "rows", "partial"])
+@pytest.mark.slow
 def test_gradients_in_tensor_parallel_training(two: Path, way: str) -> None:
     ranks = script("two")
     wrapped = noesis.wrap(ranks.small(), layers="linear", gradients=True)
@@ -393,19 +409,21 @@ def test_gradients_in_tensor_parallel_training(two: Path, way: str) -> None:
     whole = merged(two, f"tensor parallel gradients {way}", 2)
     assert whole["count"][0, 0] == expected[0, 0]
     np.testing.assert_allclose(whole.values[0, 0], expected[0], rtol=1e-5, atol=1e-6)
-    assert whole.unmeasured == {}
     if way == "partial":
-        assert whole.never_ran == ["2"]
+        assert "Partial" in whole.unmeasured["2"]
         return
+    assert whole.unmeasured == {}
     assert whole["count"][0, 1] == (1 if way == "rows" else 2) * expected[1, 0]
     np.testing.assert_allclose(whole["mean"][0, 1], expected[1, 1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_vectors_that_are_spread_over_ranks_are_not_kept(two: Path) -> None:
     reason = "a DTensor, whose vectors are spread over ranks"
     assert told(two, 0)["uncoded"] == {"local": {}, "dtensor": {"0": reason}, "rows": {"2": reason}, "partial": {}}
 
 
+@pytest.mark.slow
 def test_dtensors_cost_nothing_where_there_are_none() -> None:
     code = (
         "import sys, torch, noesis\n"
@@ -426,6 +444,7 @@ def calibrated() -> noesis.Wrapped:
 
 
 @pytest.mark.parametrize("case", ["shared", "one"])
+@pytest.mark.slow
 def test_calibration_is_that_of_one_process(two: Path, case: str, tmp_path: Path) -> None:
     files = [two / f"{case}.{rank}.safetensors" for rank in range(2)]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -440,11 +459,13 @@ def test_calibration_is_that_of_one_process(two: Path, case: str, tmp_path: Path
     assert told(two, 0)["p"] == told(two, 1)["p"]
 
 
+@pytest.mark.slow
 def test_more_samples_than_are_kept(two: Path) -> None:
     assert told(two, 0)["chosen"] == told(two, 1)["chosen"]
     assert "Calibration(240 samples" in told(two, 0)["chosen"]
 
 
+@pytest.mark.slow
 def test_a_loader_that_breaks_is_an_error_on_all_ranks(two: Path) -> None:
     first, second = told(two, 0), told(two, 1)
     assert second["broken"] == "ValueError: the disk is gone"
@@ -460,11 +481,13 @@ def test_a_loader_that_breaks_is_an_error_on_all_ranks(two: Path) -> None:
     assert second["untouched"]
 
 
+@pytest.mark.slow
 def test_ranks_that_ask_for_different_things(two: Path) -> None:
     assert told(two, 0)["mixed"].startswith("WrongState: This rank calls calibrate, and rank 1 trace or soulprint")
     assert told(two, 1)["mixed"].startswith("WrongState: This rank calls trace or soulprint, and rank 0 calibrate")
 
 
+@pytest.mark.slow
 def test_a_rank_that_comes_late(two: Path) -> None:
     assert told(two, 0)["late"].startswith("TimedOut: Rank 1 of 2 did not come in time to trace or soulprint")
     assert told(two, 1)["too late"].startswith(

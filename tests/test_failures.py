@@ -312,6 +312,7 @@ FITTING = ("coder.py", "codebook.py", "calibration.py", "clustering.py", "calibr
 
 @pytest.mark.parametrize("how", ["calibrate", "load"])
 @pytest.mark.parametrize("before", [True, False])
+@pytest.mark.slow
 def test_an_interrupt_in_fitting_leaves_the_old_calibration_or_the_new_one(
     calibrated: noesis.Wrapped, tmp_path: Path, how: str, before: bool
 ) -> None:

@@ -153,6 +153,7 @@ def test_a_long_name_keeps_its_numbers_and_its_end() -> None:
 
 @KINDS
 @pytest.mark.parametrize("count", [1, 4, 60, 61, 400])
+@pytest.mark.slow
 def test_labels_do_not_overlap(kind: str, count: int) -> None:
     figure = draw(kind, many(max(count, 2)))
     pixels(figure)  # places the labels
@@ -315,6 +316,7 @@ def test_bars_of_one_or_two(count: int) -> None:
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_real_soulprints(data: Path) -> None:
     a, b = (noesis.Soulprint.load(data / "noesis_v01" / run / "soulprint.json") for run in ("run_a", "run_b"))
     assert pixels(a.plot(b)).std() > 1

@@ -494,6 +494,7 @@ def _dynamo():
 
 @pytest.mark.usefixtures("_dynamo")
 @pytest.mark.parametrize("order", ["wrap then compile", "compile then wrap"])
+@pytest.mark.slow
 def test_one_graph_and_the_routes_of_eager(order):
     eager, model = noesis.wrap(small(), layers="routers", capacity=3), small()
     counter = CompileCounterWithBackend("aot_eager")

@@ -91,6 +91,7 @@ def test_same_input_twice_is_the_same_trace(llama, prompts):
     assert (result.distance, result.cosine) == (0.0, pytest.approx(1.0))
 
 
+@pytest.mark.slow
 def test_one_percent_in_one_weight_is_the_first_divergence(llama, prompts):
     one, other = (trace_of(model, prompts[0][:, :20]) for model in (llama[0], scaled(llama[0], 1.01)))
     where = noesis.compare(one, other).first_divergence

@@ -72,6 +72,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}], ids=str)
+@pytest.mark.slow
 def test_training_and_checkpoints_are_those_of_the_bare_model(options: dict[str, Any], tmp_path: Path) -> None:
     bare = trainer(build("llama"), tmp_path / "bare", **options)
     bare.train()
@@ -94,6 +95,7 @@ def test_training_and_checkpoints_are_those_of_the_bare_model(options: dict[str,
     assert equal(saved.state_dict(), wrapped.state_dict())
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     whole = trainer(build("llama"), tmp_path / "run")
     whole.train()
@@ -105,6 +107,7 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     assert equal(wrapped.state_dict(), whole.model.state_dict())
 
 
+@pytest.mark.slow
 def test_totals_that_are_not_beside_the_checkpoint_are_told(tmp_path: Path) -> None:
     trainer(build("llama"), tmp_path / "run").train()
     wrapped = noesis.wrap(build("llama"))
@@ -264,6 +267,7 @@ def test_accelerate(what: str, precision: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
+@pytest.mark.slow
 def test_the_callback_logs_beside_the_trainer(strategy: str, tmp_path: Path) -> None:
     wrapped = noesis.wrap(build("llama"))
     found: list[noesis.Alarm] = []

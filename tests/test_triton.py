@@ -251,6 +251,7 @@ def test_steps_are_those_of_the_cpu(samples, every, layers):
 
 
 @pytest.mark.parametrize("options", [{}, {"per_sample": True}, {"every": 2}, {"stats": ("zeros", "rms")}])
+@pytest.mark.slow
 def test_a_model_observed_by_the_kernels(options, monkeypatch):
     """From `wrap` to `trace`, as on a CUDA device: the rows are those of the CPU path."""
 
