@@ -241,6 +241,7 @@ def test_the_state_stays_where_it_is_for_cuda_graphs():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # from Dynamo itself
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("how", ["layer by layer", "as a whole"])
+@pytest.mark.slow
 def test_recompute_under_checkpointing_is_no_call(how, reentrant):
     class Checkpointed(nn.Module):
         def __init__(self) -> None:

@@ -118,6 +118,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.slow
 def test_code_of_a_page_runs(path: Path) -> None:
     run_page(path)
 

@@ -852,6 +852,7 @@ def test_calls_that_do_not_fit_together_leave_the_layer_out_by_name(positions: s
         assert set(wrapped._recorder.coder.kept(wrapped._forwards())) == layers
 
 
+@pytest.mark.slow
 def test_of_long_inputs_evenly_spaced_positions_are_coded_or_all_when_asked(tmp_path) -> None:
     x = torch.randn(3, 400, 4)
     x[1, 151] = 1e6  # one strange token, between those that are coded by default

@@ -179,6 +179,7 @@ def test_blocks_are_what_one_would_call_so(entry: Entry) -> None:
     assert models.kinds(wrapped.layers) == entry.blocks
 
 
+@pytest.mark.slow
 def test_a_deep_copy_is_observed_by_itself(entry: Entry) -> None:
     model = models.model_of(entry)
     wrapped = noesis.wrap(model, layers="all")
@@ -193,6 +194,7 @@ def test_a_deep_copy_is_observed_by_itself(entry: Entry) -> None:
     assert all(isinstance(model.get_submodule(name), noesis.Observed) for name in wrapped.layers)
 
 
+@pytest.mark.slow
 def test_save_pretrained_and_back(entry: Entry, tmp_path) -> None:
     model = models.model_of(entry)
     if not hasattr(model, "save_pretrained"):
@@ -207,6 +209,7 @@ def test_save_pretrained_and_back(entry: Entry, tmp_path) -> None:
     assert_same(want, seeded(again.eval(), entry))
 
 
+@pytest.mark.slow
 def test_codebooks_keep_vectors_of_every_sample(entry: Entry) -> None:
     bare, observed = (models.model_of(entry) for _ in range(2))
     wrapped = noesis.wrap(observed, layers="blocks", codebook=noesis.Codebook(), logits=entry.logits)
