@@ -47,7 +47,7 @@ class GradientRecorder(Recorder):
             bank.control[FOLD] = 1  # what is still in the ring may change, so it must not be in the totals yet
 
     def begin(self, timestep: Tensor | float | None, batch: int) -> None:
-        """A forward of the root starts; it never ends, since its gradients come later."""
+        """A forward of the root starts: gradients go to its step, until another one starts."""
         super().begin(timestep, batch)
         if self.skipping:
             self.aim = NOWHERE
@@ -56,7 +56,7 @@ class GradientRecorder(Recorder):
             self.aim = self.begun
 
     def end(self) -> None:
-        """A forward of the root is over; its step is not."""
+        """A forward of the root is over; its step stays open, since its gradients come later."""
         self.ends.append((_nodes(), self.mark()))
         self.skipping = False
 
