@@ -403,6 +403,14 @@ def test_the_recorders_memory_is_counted_whole(script):
     assert memory.recorder_bytes(wrapped.model) < 1 << 20
 
 
+def test_layers_that_are_off(script, tmp_path):
+    path = tmp_path / "off.json"
+    script("off").main(["--rounds", "2", "--seconds", "0.0001", "--json", str(path)])
+    [case] = json.loads(path.read_text())["cases"]
+    assert list(case["variants"]) == ["bare", "control", "paused", "left-out"]
+    assert all("added_ns_per_layer" in told for name, told in case["variants"].items() if name != "bare")
+
+
 def test_every_step_of_run_all_is_a_command_that_parses(script, monkeypatch):
     run_all, overhead, models = script("run_all"), script("overhead"), script("models")
     monkeypatch.setattr(overhead, "check_device", lambda device: None)

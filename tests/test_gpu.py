@@ -152,6 +152,16 @@ def test_a_graph_captured_while_paused_records_later():
     assert wrapped.trace().calls.tolist() == [[1] * 5] * 2
 
 
+def test_a_graph_of_a_part_captured_while_paused_records_later():
+    wrapped = noesis.wrap(model().cuda().eval(), layers="all")
+    x = torch.randn(4, 3, 16, 16, device="cuda")
+    with wrapped.paused():
+        graph = captured(wrapped.model[0], x)
+        graph.replay()
+    graph.replay()
+    assert wrapped.trace().calls.tolist() == [[1, 0, 0, 0, 0]]
+
+
 def test_the_slab_stays_where_a_graph_writes():
     wrapped = noesis.wrap(model().cuda().eval(), layers="all", per_sample=4)
     x = torch.randn(4, 3, 16, 16, device="cuda")

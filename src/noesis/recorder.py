@@ -201,6 +201,13 @@ class Bank:
         return unpacked
 
 
+class Switch:
+    """Whether layers are passed by, in one place for all of them: they ask at every call."""
+
+    off = False
+    cuda = False
+
+
 class Recorder:
     """The banks of one wrap, and what the host knows of its run."""
 
@@ -228,6 +235,7 @@ class Recorder:
         self.paused = False
         self.forwards = 0  # that the host has begun, to leave out what `every` leaves out without asking the device
         self.skipping = False  # inside a forward that `every` leaves out
+        self.switch = Switch()
         self.on_device = False  # whether forwards may run that the host does not see: compiled, or in a CUDA graph
         self.batch: int | None = None  # of the forward that is running; None between forwards
         self.branches: list[str] = []
@@ -263,6 +271,7 @@ class Recorder:
             self.on_device = True
         else:
             self.skipping = self._leaves_out()
+            self._settle()
         name = self.branch
         if name is None and not torch.compiler.is_compiling() and self.branch_of is not None:
             name = self.branch_of(batch)
@@ -285,6 +294,7 @@ class Recorder:
         """A forward of the root is over."""
         if not torch.compiler.is_compiling():
             self.skipping = False
+            self._settle()
         if self.per_sample or self.routers or self.coder is not None:
             self.batch = None
         if self.aside is not None:
@@ -355,6 +365,7 @@ class Recorder:
                 return position
         self.banks.append(self.banks[0].beside(device))
         self.on_cuda = self.on_cuda or device.type == "cuda"
+        self._settle()
         for places, place in zip(self.places, _places(device, len(self.names)), strict=True):
             places.append(place)
         for bank in self.banks:
@@ -392,11 +403,16 @@ class Recorder:
         if paused == self.paused:
             return
         self.paused = paused
+        self._settle()
         with undisturbed():
             for bank in self.banks:
                 bank.switch(not paused)
         if self.gradients is not None:
             self.gradients.pause(paused)
+
+    def _settle(self) -> None:
+        """Say whether layers are passed by."""
+        self.switch.off, self.switch.cuda = (self.paused or self.skipping) and self.aside is None, self.on_cuda
 
     @contextmanager
     def no_mark(self) -> Iterator[None]:
@@ -404,11 +420,13 @@ class Recorder:
         before = self.aside
         try:
             self.aside, self.aside_forwards = {}, 0
+            self._settle()
             if self.coder is not None:
                 self.coder.forget()  # forwards are counted anew, and are none of those before
             yield
         finally:
             self.aside, self.batch = before, None
+            self._settle()
             if self.coder is not None:
                 self.coder.forget()
 

@@ -22,12 +22,13 @@ from .errors import BadType, BadValue, NoesisError, WrongState
 from .gradients import GradientRecorder
 from .judging import Judging, check_codebook, logits_module
 from .kernels import undisturbed
-from .observing import Site, become_observed, rebind, restore, site_of
+from .observing import become_observed, rebind, restore, site_of
 from .outputs import stream_index
 from .recorder import Recorder
 from .routes import Routes, routers
 from .scalars import STATS, scalars, under
 from .selecting import Layers, select
+from .sites import Site
 from .soulprint import Soulprint
 from .trace import ALWAYS, OPTIONAL, Trace
 
