@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 import noesis
 from noesis import significance
+from noesis.trace import ALWAYS
 
 
 def soulprint(means, stds, layers=None) -> noesis.Soulprint:
@@ -255,3 +257,20 @@ def test_the_text_shows_what_matters():
     assert "1 of 30 layers changed by more than the noise of 8 runs (false discovery rate 0.05)" in text
     assert text.splitlines()[3].startswith("l4 ")
     assert len(text.splitlines()) == 13
+
+
+def test_many_layers_take_no_longer_each():
+    """A file from a stranger may name very many."""
+    count = 40_000
+    names = [f"layer{number}" for number in range(count)]
+    traces = [
+        noesis.Trace.of(np.full((1, count, 7), float(value)), list(order), ALWAYS, steps=np.arange(1))
+        for value, order in ((1, names), (2, reversed(names)))
+    ]
+    start = time.perf_counter()
+    compared = noesis.compare(*traces)
+    assert len(compared.rows) == count
+    assert compared.first_divergence.layer == names[0]
+    assert f"{count} layers" in repr(traces[0])
+    assert traces[0].after(traces[1]).layers == names
+    assert time.perf_counter() - start < 20  # with a search in a list for each, minutes

@@ -275,7 +275,8 @@ def compare(
     divergence = first_divergence(traces[0], traces[1], tolerance) if len(traces) == 2 else None
     first, others = _soulprint(left), [_soulprint(run) for run in right]
     second = others[0]
-    names = [name for name in first.layers if all(name in run.layers for run in others)]
+    common = set(first.layers).intersection(*(run.layers for run in others))
+    names = [name for name in first.layers if name in common]
     if not names:
         raise BadValue(
             f"The runs have no layer in common: {first.layers[:3]} and {second.layers[:3]}",
@@ -311,8 +312,8 @@ def compare(
         rows=rows,
         cosine=_cosine(np.concatenate([mean_a, std_a]), np.concatenate([mean_b, std_b])),
         distance=float(np.sqrt(np.mean(effect**2))),
-        only_in_a=[name for name in first.layers if name not in names],
-        only_in_b=[name for name in second.layers if name not in names],
+        only_in_a=[name for name in first.layers if name not in common],
+        only_in_b=[name for name in second.layers if name not in common],
         first_divergence=divergence,
         alpha=alpha,
         baseline=0 if baseline is None else len(baseline),
@@ -333,8 +334,9 @@ def first_divergence(a: Trace, b: Trace, tolerance: float = 1e-5) -> Divergence 
         The divergence, or None when the traces are the same. A step that only one trace has is a
         divergence too, with `stat="steps"`; steps that a ring has dropped are left out.
     """
-    names = [name for name in a.layers if name in set(b.layers)]
-    at_a, at_b = [a.layers.index(name) for name in names], [b.layers.index(name) for name in names]
+    places = {name: at for at, name in enumerate(b.layers)}
+    names = [name for name in a.layers if name in places]
+    at_a, at_b = [at for at, name in enumerate(a.layers) if name in places], [places[name] for name in names]
     stats = [name for name in a.stats if name in b.stats]
     exact = {"count", "nonfinite", "zeros"}
     common = set(a.steps.tolist()) & set(b.steps.tolist())
@@ -437,7 +439,8 @@ def _baseline(runs: list[Soulprint], names: list[str]) -> Floats:
             "at least 2 equal runs, so that their spread can be known",
             "Record more runs, with other prompts or seeds",
         )
-    missing = [name for name in names if any(name not in run.layers for run in runs)]
+    common = set(names).intersection(*(run.layers for run in runs))
+    missing = [name for name in names if name not in common]
     if missing:
         raise BadValue(
             f"The baseline lacks {len(missing)} of the layers, first {missing[0]!r}",

@@ -346,11 +346,11 @@ class Routes(Routing):
         if path.suffix == ".safetensors":
             arrays, header = files.load_tensors(path, KIND)
         else:
-            header = files.check_header(files.read_json(path), KIND, path)
+            header = files.check_header(files.read_json(path, numbers=("arrays",), whole=True), KIND, path)
             arrays = header.get("arrays", {})
         try:
             return cls._from(arrays, header)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise BadFile(
                 f"{path} is not valid routes ({type(error).__name__}: {error})",
                 "a file written by Routes.save",

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import files
+from . import bounded, files
 from .calibration_files import pack_codes, unpack_codes
 from .errors import BadFile, BadType, BadValue
 from .trace import Trace
@@ -125,7 +125,7 @@ def _without_steps(trace: Trace) -> Trace:
 
 def _read(state: Any) -> tuple[dict[str, Trace], dict[str, bytes]]:
     try:
-        run, text = json.loads(state["run"]), json.loads(state["codes"])
+        run, text = (bounded.parsed(state[name], len(state[name]), WHERE) for name in ("run", "codes"))
         codes = {name: base64.b64decode(data, validate=True) for name, data in text.items()}
         return {name: Trace.from_json(value, WHERE) for name, value in run.items()}, codes
     except BadFile:
@@ -140,9 +140,9 @@ def _read(state: Any) -> tuple[dict[str, Trace], dict[str, bytes]]:
 
 def _check(trace: Trace, what: str, ours: list[str], shared: bool = False) -> None:
     theirs = list(getattr(trace, what))
-    other = [name for name in ours if name not in theirs]
-    if not shared:  # a rank of a group may have some of all layers
-        other += [name for name in theirs if name not in ours]
+    common = set(ours).intersection(theirs)
+    # A rank of a group may have some of all layers.
+    other = [name for name in (ours if shared else [*ours, *theirs]) if name not in common]
     if other:
         raise BadValue(
             f"The checkpoint has other {what} than the wrap: {other[0]!r} is in one of them alone",

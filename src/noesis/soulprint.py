@@ -100,7 +100,7 @@ class Soulprint:
         if path.suffix == ".safetensors":
             arrays, header = files.load_tensors(path, "soulprint")
             return cls._from(arrays, header, path)
-        value = files.read_json(path)
+        value = files.read_json(path, numbers=("means", "stds"))
         if v01.looks_like(value):
             del value  # before it is read again
             old = v01.read_soulprint(path)

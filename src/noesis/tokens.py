@@ -136,7 +136,7 @@ class TokenDeltas:
         Raises:
             NoesisError: (a ValueError) for a broken file, another format or version; (a FileNotFoundError) for none.
         """
-        payload = files.check_header(files.read_json(path), KIND, path)
+        payload = files.check_header(files.read_json(path, numbers=("values",)), KIND, path)
         try:
             return cls._from_payload(payload)
         except (KeyError, TypeError, ValueError, OverflowError) as error:

@@ -272,7 +272,7 @@ class Trace:
             return cls._from_v01(v01.read_run(path, run))
         if path.suffix == ".safetensors":
             return cls._from_arrays(*files.load_tensors(path, "trace"), path)
-        value = files.read_json(path)
+        value = files.read_json(path, numbers=("arrays",))
         if v01.looks_like(value):
             del value  # before it is read again
             return cls._from_v01(v01.read_run(path, run))
@@ -307,7 +307,8 @@ class Trace:
 
     def after(self, earlier: Trace) -> Trace:
         """The same run with what came before it, of which only the totals are kept; layers and statistics are alike."""
-        order = [earlier.layers.index(name) for name in self.layers]
+        places = {name: at for at, name in enumerate(earlier.layers)}
+        order = [places[name] for name in self.layers]
         stats = [earlier.stats.index(name) for name in self.stats]
         parts = [fields_of(totals, self.stats) for totals in (earlier.totals[np.ix_(order, stats)], self.totals)]
         return replace(
@@ -402,11 +403,11 @@ class Trace:
         if self.samples:
             head += f", {counted(len(self.samples), 'sample')}"
         shown = [name for name in self.stats if name != "count"]
-        columns = [self.stats.index(name) for name in shown]
+        columns, silent = [self.stats.index(name) for name in shown], set(self.never_ran)
         lines = [
             [name, *(f"{value:.4g}" for value in self.totals[index, columns])]
             for index, name in enumerate(self.layers)
-            if name not in self.never_ran
+            if name not in silent
         ]
         parts = [head, table(["layer", *shown], lines)]
         if self.never_ran:
