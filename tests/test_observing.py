@@ -436,3 +436,58 @@ def test_models_that_cannot_be_wrapped():
         noesis.wrap(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="model is of type str. Expected an nn.Module or a diffusers pipeline"):
         noesis.wrap("model")
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_graph_modules(inside):
+    """They write their code into their class, and are copied and pickled by a recipe of their own."""
+
+    class Unannotated(nn.Module):  # torch.fx would write annotations that are text into its code
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.down(self.up(x).relu())
+
+    traced = torch.fx.symbolic_trace(Unannotated())
+    bare = copy.deepcopy(traced).eval()
+    original = type(traced)
+    model = nn.Sequential(traced).eval() if inside else traced.eval()
+    wrapped = noesis.wrap(model, layers="all")
+    x = torch.randn(2, 8)
+    wrapped(x)
+    for each in (traced, bare):
+        for node in each.graph.nodes:
+            if node.target == "relu":
+                node.target = "tanh"
+        each.recompile()
+    y = wrapped(x)
+    assert torch.equal(y, bare(x))
+    others = [copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))]
+    for other in others:
+        assert isinstance(other, noesis.Wrapped)
+        assert torch.equal(other(x), y)
+        assert (other.trace().calls == 1).all()
+        assert len(other.trace()) == 3
+        assert not other.trace().unmeasured
+    assert len(wrapped.trace()) == 2
+    assert type(wrapped.unwrap()[0] if inside else wrapped.unwrap()) is original
+    assert torch.equal(model(x), y)
+
+
+def test_tracing_by_torch_fx_leaves_no_mark():
+    wrapped = noesis.wrap(Block(), layers="linear")
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = wrapped.model
+
+        def forward(self, x):
+            return self.block(x)
+
+    torch.fx.symbolic_trace(Whole())
+    torch.fx.symbolic_trace(wrapped.model)
+    assert not wrapped.trace().unmeasured
+    assert len(wrapped.trace()) == 0

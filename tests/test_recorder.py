@@ -95,6 +95,20 @@ def test_reading_the_latest_steps_alone(per_sample) -> None:
         assert latest.dropped_steps == 6 - (want.steps < 11).sum()
 
 
+def test_pauses_that_overlap():
+    """As of two callbacks, of which the first to enter is the first to leave."""
+    wrapped = noesis.wrap(nn.Sequential(nn.Linear(2, 2)))
+    one, other = wrapped.paused(), wrapped.paused()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    wrapped(torch.ones(1, 2))
+    other.__exit__(None, None, None)
+    assert len(wrapped.trace()) == 0
+    wrapped(torch.ones(1, 2))
+    assert len(wrapped.trace()) == 1
+
+
 def test_paused_forwards_are_no_steps():
     wrapped = noesis.wrap(small(), layers="all")
     first, second, third = batches(3)

@@ -7,8 +7,9 @@ modules, optimisers and `pipe.unet` keep what they hold, and `unwrap` gives the 
 
 from __future__ import annotations
 
+import copy
 import copyreg
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch.autograd import profiler
 from torch.compiler import is_dynamo_compiling
+from torch.fx import GraphModule
 from torch.nn import Module
 from torch.nn.modules import module
 
@@ -146,6 +148,46 @@ class ObservedDenoiser(Observed):
                     site.recorder.set_branch(before)
 
 
+class ObservedGraph(Observed):
+    """An observed `GraphModule`, which writes its code into its class, and makes copies from it."""
+
+    def recompile(self) -> Any:
+        """The module's own."""
+        with _bare(self) as module:
+            return module.recompile()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        with _bare(self) as module:
+            made = copy.deepcopy(module, memo)
+        return _regain(made, copy.deepcopy(self._noesis, memo))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with _bare(self) as module:
+            function, arguments = module.__reduce_ex__(protocol)
+        return _remake, (function, arguments, self._noesis)
+
+
+@contextmanager
+def _bare(module: Any) -> Iterator[Any]:
+    """A module with the class that it had."""
+    observed, module.__class__ = type(module), original_class(type(module))
+    try:
+        yield module
+    finally:
+        module.__class__ = observed
+
+
+def _regain(module: Any, site: Site | None) -> Any:
+    """A copy that was made by the module's own recipe, observed as the module was."""
+    module.__class__ = observed_class(type(module))
+    module.__dict__["_noesis"] = site
+    return module
+
+
+def _remake(function: Callable[..., Any], arguments: tuple[Any, ...], site: Site | None) -> Any:
+    return _regain(function(*arguments), site)
+
+
 _MADE: dict[type, type[nn.Module]] = {}
 
 
@@ -153,7 +195,11 @@ def observed_class(original: type[nn.Module]) -> type[nn.Module]:
     """The observe-only subclass of a module class, made once."""
     if original in _MADE:
         return _MADE[original]
-    mixin = ObservedDenoiser if hasattr(original, "cache_context") else Observed
+    mixin = Observed
+    if hasattr(original, "cache_context"):
+        mixin = ObservedDenoiser
+    elif issubclass(original, GraphModule):
+        mixin = ObservedGraph
     body = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,

@@ -233,6 +233,7 @@ class Recorder:
         self.on_cuda = device.type == "cuda"
         self.every = every
         self.paused = False
+        self.pauses = 0  # that have been entered and not left, in whatever order
         self.forwards = 0  # that the host has begun, to leave out what `every` leaves out without asking the device
         self.skipping = False  # inside a forward that `every` leaves out
         self.switch = Switch()
@@ -257,6 +258,11 @@ class Recorder:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "observed": []}  # the modules of a copy are not these
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.pauses = 0  # whoever leaves a pause leaves that of the original
+        self.pause(False)
 
     # ------------------------------------------------------------ hot path
 

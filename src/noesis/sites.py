@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.fx import _symbolic_trace
 from torch.utils.hooks import unserializable_hook
 
 from .coder import Channel
@@ -56,7 +57,7 @@ class Site:
         off = (recorder.paused or (recorder.skipping and not self.root)) and recorder.aside is None
         if off and not recorder.capturing():  # a graph asks the device whether to observe, at every replay
             return True
-        if recomputing() or torch._C._get_tracing_state() is not None:
+        if recomputing() or torch._C._get_tracing_state() is not None or _symbolic_trace._is_fx_tracing_flag:
             return True
         return is_compiling() and not is_dynamo_compiling()  # which may compile this very function
 

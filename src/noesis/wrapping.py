@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import weakref
@@ -432,13 +433,14 @@ class Wrapped(Judging, nn.Module):
 
     @contextmanager
     def paused(self) -> Iterator[Wrapped]:
-        """Observe nothing inside; these forwards are no steps either."""
-        before = self._recorder.paused
+        """Observe nothing inside; these forwards are no steps either. Pauses may overlap; a copy is not paused."""
+        self._recorder.pauses += 1
         self._recorder.pause(True)
         try:
             yield self
         finally:
-            self._recorder.pause(before)
+            self._recorder.pauses -= 1
+            self._recorder.pause(self._recorder.pauses > 0)
 
     def unwrap(self) -> nn.Module:
         """Give every module its class back; returns the model. What was recorded can still be read."""
@@ -484,6 +486,11 @@ class Wrapped(Judging, nn.Module):
 
     def __delattr__(self, name: str) -> None:
         delattr(self.model, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Wrapped:  # which the model may have one of its own of
+        made = memo[id(self)] = _empty()
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty, (), self.__dict__  # not by `__class__`, which is the model's
