@@ -39,6 +39,10 @@ _FLAT = re.compile(r'\[[^\[\]{}"]{0,65536}\]')
 _RUN = re.compile(r'[^\[\]{}"]{1,65536}')
 
 
+class NoArrayError(ValueError):
+    """There is JSON, and no array of numbers where one belongs."""
+
+
 def unpacked(data: bytes | bytearray, path: object) -> bytearray:
     """What a gzip file holds, within bounds: it could be a thousand times its size."""
     most = min(LARGEST_JSON, max(LEAST_UNPACKED, LARGEST_RATIO * len(data)))
@@ -85,7 +89,7 @@ def parsed(
 
     Raises:
         NoesisError: when it would take too much.
-        ValueError: when it is no JSON, or an array is none.
+        ValueError: when it is no JSON, or (a NoArrayError) there is no array where one belongs.
     """
     parser = _Parser(text, size, path, held, numbers, "q" if whole else "d")
     value, end = parser.value(parser.skip(0))
@@ -188,7 +192,7 @@ class _Parser:
     def lists_of_numbers(self, at: int) -> tuple[NDArray[Any], int]:
         """The lists of numbers that begin here, as an array."""
         if self.text[at : at + 1] != "[":
-            raise JSONDecodeError("Expecting a list of numbers", self.text, at)
+            raise NoArrayError(f"no list of numbers at character {at}")
         found = array(self.code)
         shape, end = self._fill(found, at)
         return np.frombuffer(found, found.typecode).reshape(shape) if found else np.zeros(shape), end
@@ -210,7 +214,7 @@ class _Parser:
                 inner.add(())
                 count += length
             if len(inner) > 1:
-                raise ValueError("lists of different lengths")
+                raise NoArrayError(f"lists of different lengths before character {at}")
             at, ended = self._next(at, "]")
             if ended:
                 return (count, *inner.pop()), at
@@ -229,9 +233,13 @@ class _Parser:
 
     def _add(self, found: array[Any], flat: str) -> tuple[int, ...]:
         """Add a list of numbers; its shape."""
-        numbers = np.asarray(json.loads(flat), dtype=np.float64 if self.code == "d" else None)
+        values = json.loads(flat)
+        try:
+            numbers = np.asarray(values, dtype=np.float64 if self.code == "d" else None)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise NoArrayError(str(error)) from None
         if self.code == "q" and numbers.size and numbers.dtype.kind not in "iu":
-            raise ValueError(f"numbers of type {numbers.dtype}, expected whole ones")
+            raise NoArrayError(f"numbers of type {numbers.dtype}, expected whole ones")
         self.pay(9 * numbers.size)  # `found` grows by a sixteenth more
         found.frombytes(numbers.astype(self.code).tobytes())
         return numbers.shape

@@ -229,7 +229,11 @@ def read_json(path: PathLike, *, numbers: Collection[str] = (), whole: bool = Fa
         value = bounded.parsed(text, size, path, numbers=numbers, whole=whole)
     except BadFile:
         raise
-    except (OSError, EOFError, zlib.error, ValueError, TypeError, OverflowError, RecursionError) as error:
+    except bounded.NoArrayError as error:
+        raise BadFile(
+            f"{path} holds something else where arrays belong ({error})", "lists of numbers", "Write it again"
+        ) from None
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise BadFile(
             f"{path} is not readable JSON ({type(error).__name__}: {error})",
             "a noesis JSON file",
