@@ -538,6 +538,7 @@ def test_the_runs_of_a_folder(tmp_path: Path) -> None:
     soulprint("deep").save(tmp_path / "one" / "two" / "deep.json")  # too deep
     noesis.compare(soulprint("a"), soulprint("b")).save(tmp_path / "comparison.json")  # no run
     (tmp_path / "notes.txt").write_text("no run")
+    (tmp_path / "config.json").write_text('{"values": {"a": "b"}, "means": null}')  # numbers of another kind
     found = loading.load_runs(tmp_path)
     assert [(type(each).__name__, each.meta.get("run") in ("old", "older")) for each in found] == [
         *[("Soulprint", False)] * 3,

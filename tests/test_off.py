@@ -17,7 +17,7 @@ from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
 import noesis
-from noesis import observing
+from noesis import calling
 
 
 class Deep(nn.Linear):
@@ -68,12 +68,12 @@ def test_a_layer_that_is_off_is_inside_of_no_more_calls() -> None:
     with wrapped.paused():
         wrapped.model(x)
         assert wrapped.model[0].depth == left_out == bare[0].depth < on
-    assert observing.called_as_any(nn.Linear)
-    assert not observing.called_as_any(Loud)
+    assert calling.called_as_any(nn.Linear)
+    assert not calling.called_as_any(Loud)
 
 
 def test_a_torch_whose_calls_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observing, "LOOKED_AT", (*observing.LOOKED_AT[:-1], "_global_new_hooks"))
+    monkeypatch.setattr(calling, "LOOKED_AT", (*calling.LOOKED_AT[:-1], "_global_new_hooks"))
     wrapped = noesis.wrap(nn.Sequential(Deep(4, 4)))
     with wrapped.paused():
         wrapped.model(x)
@@ -145,6 +145,33 @@ def test_tracing_by_torch_jit(off: noesis.Wrapped) -> None:
     assert [(node.kind(), node.scopeName()) for node in ours] == [(node.kind(), node.scopeName()) for node in theirs]
 
 
+@pytest.mark.parametrize("name", ["__call__", "_call_impl"])
+@pytest.mark.parametrize("whose", ["class", "instance"])
+def test_calls_that_were_replaced_after_wrapping(name: str, whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python looks for a `__call__` in the class alone."""
+
+    class Own(nn.Linear):
+        pass
+
+    wrapped, seen = noesis.wrap(nn.Sequential(Own(4, 4)), every=2), []
+    wrapped(x)
+    former: Any = getattr(nn.Module, name)
+
+    def call(layer: nn.Module, *args: Any) -> Any:
+        seen.append(layer)
+        return former(layer, *args)
+
+    layer = wrapped.model[0]
+    if whose == "class":
+        monkeypatch.setattr(Own, name, call, raising=False)
+    else:
+        setattr(layer, name, call.__get__(layer))
+    wrapped(x)  # left out
+    with wrapped.paused():
+        wrapped(x)
+    assert len(seen) == (0 if (whose, name) == ("instance", "__call__") else 2)
+
+
 def test_tracing_by_torch_fx(off: noesis.Wrapped) -> None:
     """It puts a call of its own in the place of torch's."""
 
@@ -208,6 +235,34 @@ def test_what_is_copied_while_paused() -> None:
     for each in copies:
         assert each.trace().calls.tolist() == [[1] * 3] * 2
     assert wrapped.trace().calls.tolist() == [[1] * 3]
+
+
+def test_what_is_copied_within_a_forward_that_is_left_out() -> None:
+    class Copying(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if wrapped._recorder.skipping:
+                copies.extend([copy.deepcopy(wrapped._recorder), pickle.loads(pickle.dumps(wrapped._recorder))])
+            return super().forward(x)
+
+    copies: list[Any] = []
+    wrapped = noesis.wrap(nn.Sequential(Copying(4, 4)), every=2)
+    wrapped(x)
+    wrapped(x)
+    assert [one.switch.off for one in copies] == [False, False]
+
+
+def test_what_is_copied_while_calibrating() -> None:
+    wrapped = noesis.wrap(small(), layers="linear", codebook=noesis.Codebook(size=4))
+    copies: list[Any] = []
+
+    def batches() -> Any:
+        for batch in torch.randn(8, 32, 4):
+            copies.append(copy.deepcopy(wrapped))
+            yield batch
+
+    wrapped.calibrate(batches())
+    copies[4](x)
+    assert copies[4].trace().calls.tolist() == [[1] * 3]
 
 
 def test_calibrating_while_paused() -> None:

@@ -496,6 +496,32 @@ def test_reading_takes_at_most_four_times_the_file(tmp_path: Path) -> None:
         assert peak < 4 * size + BESIDE, (path.name, peak / size)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["json", "safetensors"])
+def test_large_files_of_our_own_are_read(tmp_path: Path, suffix: str) -> None:
+    """Long texts that are escaped, once in JSON and twice in safetensors, and arrays of short numbers in short rows."""
+    for text in ("\u4e2d" * 1_500_000, "\u00e9" * 2_000_000, "\n" * 8_000_000, "x" * 40_000_000, 'a"\\' * 3_000_000):
+        print_ = noesis.Soulprint(np.ones(1), np.ones(1), ["0"], meta={"log": text})
+        assert noesis.Soulprint.load(print_.save(tmp_path / f"s.{suffix}")).meta["log"] == text
+    for steps, layers in ((100_000, 1), (60_000, 3), (20_000, 40)):
+        values = np.zeros((steps, layers, 7))
+        values[..., 0] = 2
+        trace = noesis.Trace.of(values, [str(layer) for layer in range(layers)], ALWAYS, steps=np.arange(steps))
+        again = noesis.Trace.load(trace.save(tmp_path / f"t.{suffix}"))
+        np.testing.assert_array_equal(again.values, trace.values)
+    counts = np.random.default_rng(0).integers(0, 2, size=(8192, 32, 8 + FIELDS))
+    routes = noesis.Routes(
+        sums=counts,
+        experts=np.full(32, 8),
+        layers=[str(layer) for layer in range(32)],
+        steps=np.arange(8192),
+        whole=counts.sum(0),
+        coactivation=np.zeros((32, 8, 8), np.int64),
+        step_coactivation=np.zeros((16, 32, 8, 8), np.int64),
+    )
+    np.testing.assert_array_equal(noesis.Routes.load(routes.save(tmp_path / f"r.{suffix}")).sums, counts)
+
+
 def test_small_files_may_take_more(tmp_path: Path) -> None:
     """A soulprint of v0.1 has a dict of its layers, which takes five times its text; real ones have some hundreds."""
     names = [f"model.layers.{layer}" for layer in range(20_000)]

@@ -29,13 +29,17 @@ _NOT_TRUSTED = ("a file of noesis' own", "Save it as .safetensors; if it is not 
 
 #: Characters that are parsed at once where a list or object ends within them.
 _WINDOW = 1 << 13
-#: What objects take at most: a number, a place in a growing list or dict, what surrounds any object, a list of numbers
-#: on its way into an array.
-_NUMBER, _PLACE, _ENTRY, _HEAD, _ROW = 32, 10, 160, 16, 48
+#: What objects take at most: a number, a place in a growing list or dict, what surrounds any object.
+_NUMBER, _PLACE, _ENTRY, _HEAD = 32, 10, 160, 16
 #: Strings that are kept once each, and their longest.
 _KNOWN, _SHORT = 4096, 64
+_WIDE = re.compile(r"(?<!\\)(?:\\\\)*\\u(?!00)")
+_WIDEST = re.compile(r"(?<!\\)(?:\\\\)*\\u[dD][89abAB]")
+_ITEM = r'(?:"[^"\\]*"|[-+.0-9eE]+|null|true|false|NaN|-?Infinity)'
+_ITEMS = re.compile(rf"{_ITEM}(?:\s*,\s*{_ITEM})*(?=\s*[,\]])")
 _SPACE = re.compile(r"[ \t\n\r]*")
 _FLAT = re.compile(r'\[[^\[\]{}"]{0,65536}\]')
+_ROWS = re.compile(r'\[[^\[\]{}"]*\](?:\s*,\s*\[[^\[\]{}"]*\])*')
 _RUN = re.compile(r'[^\[\]{}"]{1,65536}')
 
 
@@ -108,8 +112,7 @@ class _Parser:
         self.known: dict[str, str] = {}
         self.scan = make_scanner(json.JSONDecoder(object_pairs_hook=self._object_of))  # type: ignore[arg-type]
         self.long_at = 0  # what begins before did not end within a window, or would not
-        escaped = re.search(r"\\u(?!00)", text)
-        self.widest = 1 if escaped is None else 4 if re.search(r"\\u[dD][89abAB]", text) else 2
+        self.width = max(1, sys.getsizeof(text) // max(1, len(text)))  # bytes per character
 
     def pay(self, needed: int) -> None:
         """Count bytes of memory."""
@@ -153,10 +156,18 @@ class _Parser:
     def string(self, at: int) -> tuple[str, int]:
         """The string that begins here; each short one is kept once."""
         close = self._close_of(at)
-        self.pay(2 * (close - at) * self.widest)  # it grows as it is put together
+        needed = self._needed_for(at, close) if close - at > _WINDOW else 0
+        self.pay(needed)
         found, end = scanstring(self.text, at + 1)
-        self.left += 2 * (close - at) * self.widest
+        self.left += needed
         return self._kept(found), end
+
+    def _needed_for(self, at: int, close: int) -> int:
+        """Bytes of the string between these quotes at most, and of what it is put together from."""
+        wide, escapes = _WIDE.search(self.text, at, close), self.text.count("\\u", at, close)
+        characters = close - at - 5 * (escapes - self.text.count("\\\\u", at, close))
+        width = max(self.width, 1 if wide is None else 4 if _WIDEST.search(self.text, at, close) else 2)
+        return characters * (width if width == self.width else width + self.width)
 
     def entries(self, at: int, numeric: bool, outermost: bool) -> tuple[dict[str, Any], int]:
         """The object that begins here, entry by entry."""
@@ -181,9 +192,15 @@ class _Parser:
         found: list[Any] = []
         at = self.skip(at + 1)
         while self.text[at : at + 1] != "]" or found:
-            self.pay(_PLACE)
-            value, at = self.value(at, outermost=False)
-            found.append(value)
+            if items := _ITEMS.match(self.text, at, at + _WINDOW):
+                values = json.loads(f"[{items[0]}]")
+                self.pay(_PLACE * len(values) + sum(map(_weight, values)))
+                found += values
+                at = items.end()
+            else:
+                self.pay(_PLACE)
+                value, at = self.value(at, outermost=False)
+                found.append(value)
             at, ended = self._next(at, "]")
             if ended:
                 return found, at
@@ -199,15 +216,19 @@ class _Parser:
 
     def _fill(self, found: array[Any], at: int) -> tuple[tuple[int, ...], int]:
         """Add the numbers of the list that begins here; its shape, and where it ends."""
-        self.pay(_ROW)
         if flat := _FLAT.match(self.text, at):
             return self._add(found, flat[0]), flat.end()
         inner: set[tuple[int, ...]] = set()
         count, at = 0, self.skip(at + 1)
         while self.text[at : at + 1] != "]" or count:
-            if self.text[at : at + 1] == "[":
-                shape, at = self._fill(found, at)
-                inner.add(shape)
+            if rows := _ROWS.match(self.text, at, at + 65536):
+                length, *shape = self._add(found, f"[{rows[0]}]")
+                inner.add(tuple(shape))
+                count += length
+                at = rows.end()
+            elif self.text[at : at + 1] == "[":
+                of_one, at = self._fill(found, at)
+                inner.add(of_one)
                 count += 1
             else:
                 length, at = self._run(found, at)
@@ -232,7 +253,7 @@ class _Parser:
         return length, at + len(run)
 
     def _add(self, found: array[Any], flat: str) -> tuple[int, ...]:
-        """Add a list of numbers; its shape."""
+        """Add a list of numbers, or of rows of them; its shape."""
         values = json.loads(flat)
         try:
             numbers = np.asarray(values, dtype=np.float64 if self.code == "d" else None)
@@ -240,7 +261,7 @@ class _Parser:
             raise NoArrayError(str(error)) from None
         if self.code == "q" and numbers.size and numbers.dtype.kind not in "iu":
             raise NoArrayError(f"numbers of type {numbers.dtype}, expected whole ones")
-        self.pay(9 * numbers.size)  # `found` grows by a sixteenth more
+        self.pay(9 * numbers.size or _HEAD + len(flat))  # `found` grows by a sixteenth more; nothing is for nothing
         found.frombytes(numbers.astype(self.code).tobytes())
         return numbers.shape
 
@@ -259,7 +280,7 @@ class _Parser:
             value, end = self.scan(self.text, at)
         except StopIteration:
             raise JSONDecodeError("Expecting value", self.text, at) from None
-        self.pay(_NUMBER)
+        self.pay(_weight(value))
         return value, end
 
     def _close_of(self, at: int) -> int:

@@ -345,7 +345,10 @@ def declared(path: Path) -> str | None:
         with files.reading_tensors(path, "trace or soulprint"):
             value = files.read_header(data, path)
     else:
-        value = files.read_json(path, numbers=_NUMBERS)
+        try:
+            value = files.read_json(path, numbers=_NUMBERS)
+        except BadFile:  # of another kind: what goes by these names is no array
+            value = files.read_json(path)
     if v01.looks_like(value):
         return "noesis.soulprint" if value["type"].endswith("_soulprint") else "noesis.trace"
     named = value.get("format") if isinstance(value, dict) else None

@@ -21,17 +21,11 @@ from torch.fx import GraphModule
 from torch.nn import Module
 from torch.nn.modules import module
 
+from .calling import CALL, CALL_IMPL, NEVER
 from .errors import BadType, WrongState
 from .outputs import register_block
-from .sites import NEVER, Site, exporting
+from .sites import Site, exporting
 
-CALL, CALL_IMPL = Module.__call__, Module._call_impl
-#: What these look at before they call forward, which is what `Observed.__call__` looks at where it does so itself.
-LOOKED_AT = (
-    "_compiled_call_impl", "_call_impl", "torch", "_C", "_get_tracing_state", "_slow_forward", "forward",
-    "_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks", "_global_backward_pre_hooks",
-    "_global_backward_hooks", "_global_forward_hooks", "_global_forward_pre_hooks",
-)  # fmt: skip
 _GENERATED = "_noesis_generated"
 
 
@@ -81,6 +75,7 @@ class Observed:
                 or (switch.cuda and torch.cuda.is_current_stream_capturing())  # a graph asks the device later
                 or Module.__call__ is not CALL  # torch.fx puts its own in its place
                 or Module._call_impl is not CALL_IMPL
+                or "_call_impl" in this.__dict__
             ):
                 return this.forward(*args, **kwargs)
         if not isinstance(self, Observed):  # unwrapped since; torch.compile keeps a bound `__call__`
@@ -261,15 +256,8 @@ def become_observed(module: nn.Module, site: Site) -> None:
             "Leave it out with a predicate, layers=lambda name, module: ...",
         ) from None
     module.__dict__["_noesis"] = site
-    if not site.root and site.gradients is None and called_as_any(original_class(type(module))):
+    if not site.root and site.gradients is None and site.recorder.switch.add(original_class(type(module))):
         site.switch = site.recorder.switch
-
-
-def called_as_any(cls: type[nn.Module]) -> bool:
-    """Whether calls of a class are those of any module, in a torch whose calls we know."""
-    codes = [getattr(function, "__code__", None) for function in (CALL, CALL_IMPL)]
-    names = tuple(name for code in codes if code is not None for name in code.co_names)
-    return cls.__call__ is CALL and cls._call_impl is CALL_IMPL and names[: len(LOOKED_AT)] == LOOKED_AT
 
 
 def restore(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .calling import Switch
 from .coder import Channel, Coder
 from .errors import NoesisError, WrongState
 from .kernels import CONTROL, by_value, from_value, moments, rows, scratch, stays, stepping, undisturbed
@@ -201,13 +202,6 @@ class Bank:
         return unpacked
 
 
-class Switch:
-    """Whether layers are passed by, in one place for all of them: they ask at every call."""
-
-    off = False
-    cuda = False
-
-
 class Recorder:
     """The banks of one wrap, and what the host knows of its run."""
 
@@ -261,8 +255,10 @@ class Recorder:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.pauses = 0  # whoever leaves a pause leaves that of the original
+        # Whoever leaves a pause, a forward or a calibration leaves that of the original.
+        self.pauses, self.skipping, self.batch, self.aside = 0, False, None, None
         self.pause(False)
+        self._settle()
 
     # ------------------------------------------------------------ hot path
 
@@ -418,7 +414,7 @@ class Recorder:
 
     def _settle(self) -> None:
         """Say whether layers are passed by."""
-        self.switch.off, self.switch.cuda = (self.paused or self.skipping) and self.aside is None, self.on_cuda
+        self.switch.turn((self.paused or self.skipping) and self.aside is None, self.on_cuda)
 
     @contextmanager
     def no_mark(self) -> Iterator[None]:

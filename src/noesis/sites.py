@@ -11,19 +11,16 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.fx import _symbolic_trace
 from torch.utils.hooks import unserializable_hook
 
+from .calling import NEVER
 from .coder import Channel
 from .gradients import NOWHERE, GradientRecorder, Mark
 from .kernels import disturbed, recomputing, undisturbed
 from .outputs import batch_of, hidden_state, is_dtensor, part_emitted, part_here
-from .recorder import Recorder, Switch
+from .recorder import Recorder
 from .routes import Router
 
 #: What a timestep has to stay below to be recorded exactly.
 LARGEST_TIMESTEP = 2.0**53
-
-
-#: Of sites that have to see every call.
-NEVER = Switch()
 
 
 class Site:
