@@ -210,6 +210,30 @@ def test_a_call_that_was_bound_elsewhere() -> None:
     assert wrapped.trace().calls.tolist() == [[1, 1, 1, 1, 0]]
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradients_of_what_is_recomputed_while_off(reentrant: bool) -> None:
+    """Layers are off within a forward; a backward pass recomputes what was observed in the one before."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.deep = Block(), Deep(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if later := saved[-1:]:
+                later[0].sum().backward()
+            return self.deep(checkpoint(self.block, x, use_reentrant=reentrant))
+
+    saved: list[Tensor] = []
+    wrapped = noesis.wrap(Checkpointed(), layers=["block.inner", "deep"], gradients=True, every=2)
+    y = wrapped(x.clone().requires_grad_())
+    on = wrapped.model.deep.depth
+    saved.append(y)
+    wrapped(x.clone().requires_grad_())  # left out
+    assert wrapped.model.deep.depth < on
+    assert wrapped.gradients().calls.tolist() == [[1, 1]]
+
+
 def test_what_is_unwrapped_or_given_a_class_while_paused() -> None:
     wrapped = noesis.wrap(small(), layers="linear")
     with wrapped.paused():

@@ -27,7 +27,7 @@ class Switch:
 
     def __init__(self) -> None:
         self.off = False
-        self.cuda = False
+        self.cuda = self.gradients = False  # what else has to be asked
         self.classes: set[type[Module]] = set()  # that the layers had
 
     def __getstate__(self) -> dict[str, Any]:
@@ -40,10 +40,10 @@ class Switch:
             return True
         return False
 
-    def turn(self, off: bool, cuda: bool) -> None:
+    def turn(self, off: bool, *, cuda: bool, gradients: bool) -> None:
         """Pass layers by, or do not; and not where somebody has given one of their classes another call."""
-        known = off and all(cls.__call__ is CALL and cls._call_impl is CALL_IMPL for cls in self.classes)
-        self.off, self.cuda = known, cuda
+        self.off = off and all(cls.__call__ is CALL and cls._call_impl is CALL_IMPL for cls in self.classes)
+        self.cuda, self.gradients = cuda, gradients
 
 
 #: Of layers that have to see every call.

@@ -23,6 +23,7 @@ from torch.nn.modules import module
 
 from .calling import CALL, CALL_IMPL, NEVER
 from .errors import BadType, WrongState
+from .kernels import recomputing
 from .outputs import register_block
 from .sites import Site, exporting
 
@@ -54,7 +55,8 @@ class Observed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: PLR0912  whatever it called would cost a call
         """Call the module, and look at what it returns."""
         this: Any = self
-        if not is_dynamo_compiling():
+        compiling = is_dynamo_compiling()
+        if not compiling:
             try:
                 switch = this._noesis.switch
             except AttributeError:  # no site, or no longer observed: see below
@@ -73,6 +75,7 @@ class Observed:
                 or profiler._is_profiler_enabled  # it finds modules by the frames of their calls
                 or torch._C._get_tracing_state()
                 or (switch.cuda and torch.cuda.is_current_stream_capturing())  # a graph asks the device later
+                or (switch.gradients and recomputing())  # of what was observed before: see below
                 or Module.__call__ is not CALL  # torch.fx puts its own in its place
                 or Module._call_impl is not CALL_IMPL
                 or "_call_impl" in this.__dict__
@@ -81,7 +84,6 @@ class Observed:
         if not isinstance(self, Observed):  # unwrapped since; torch.compile keeps a bound `__call__`
             return type(self).__call__(self, *args, **kwargs)
         site = self._noesis
-        compiling = is_dynamo_compiling()
         if site is None or (exporting() if compiling else site.skips()):
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
             if site is not None and site.gradients is not None and not compiling:
@@ -256,7 +258,7 @@ def become_observed(module: nn.Module, site: Site) -> None:
             "Leave it out with a predicate, layers=lambda name, module: ...",
         ) from None
     module.__dict__["_noesis"] = site
-    if not site.root and site.gradients is None and site.recorder.switch.add(original_class(type(module))):
+    if not site.root and site.recorder.switch.add(original_class(type(module))):
         site.switch = site.recorder.switch
 
 

@@ -414,7 +414,8 @@ class Recorder:
 
     def _settle(self) -> None:
         """Say whether layers are passed by."""
-        self.switch.turn((self.paused or self.skipping) and self.aside is None, self.on_cuda)
+        off = (self.paused or self.skipping) and self.aside is None
+        self.switch.turn(off, cuda=self.on_cuda, gradients=self.gradients is not None)
 
     @contextmanager
     def no_mark(self) -> Iterator[None]:
