@@ -557,14 +557,20 @@ BOMBS: dict[str, tuple[str, str, str]] = {
 }
 
 
+def bombs(folder: Path, size: int) -> list[Path]:
+    """Files of this size, one of each kind."""
+    paths = [folder / f"{name}.json" for name in BOMBS]
+    for path, parts in zip(paths, BOMBS.values(), strict=True):
+        path.write_bytes(repeated(*parts, size))
+    return paths
+
+
 @on_linux
 @pytest.mark.slow
 def test_json_bombs_take_no_more_memory_than_large_files(tmp_path: Path) -> None:
     """At most four times the file, where it would be up to thirty times."""
-    size, paths = 1 << 25, []
-    for name, parts in BOMBS.items():
-        paths.append(tmp_path / f"{name}.json")
-        paths[-1].write_bytes(repeated(*parts, size))
+    size = 1 << 25
+    paths = bombs(tmp_path, size)
     keys = tmp_path / "keys.json"
     keys.write_text(HEAD + "{" + ",".join(f'"{number:x}":0' for number in range(2_800_000)) + "}}}")
     paths.append(keys)
@@ -579,10 +585,7 @@ def test_json_bombs_take_no_more_memory_than_large_files(tmp_path: Path) -> None
 @on_linux
 @pytest.mark.slow
 def test_small_json_bombs_take_little(tmp_path: Path) -> None:
-    size, paths = 1 << 20, []
-    for name, parts in BOMBS.items():
-        paths.append(tmp_path / f"{name}.json")
-        paths[-1].write_bytes(repeated(*parts, size))
+    paths = bombs(tmp_path, 1 << 20)
     for path, (peak, said) in zip(paths, memory_of(*((noesis.Trace, path) for path in paths)), strict=True):
         assert said == "refused BadFile", (path.name, said)
         assert peak < LEAST_BOUND + BESIDE // 2, (path.name, peak)

@@ -27,8 +27,8 @@ LARGEST_RATIO, LEAST_UNPACKED = 64, 1 << 26
 LARGEST_IN_MEMORY, LEAST_BOUND = 4, 1 << 25
 _NOT_TRUSTED = ("a file of noesis' own", "Save it as .safetensors; if it is not yours, do not trust it")
 
-#: Characters that are parsed at once where a list or object ends within them.
-_WINDOW = 1 << 13
+#: Characters that are parsed at once where a list or object ends within them, and of numbers on their way into an array.
+_WINDOW, _PIECE = 1 << 13, 1 << 16
 #: What objects take at most: a number, a place in a growing list or dict, what surrounds any object.
 _NUMBER, _PLACE, _ENTRY, _HEAD = 32, 10, 160, 16
 #: Strings that are kept once each, and their longest.
@@ -38,9 +38,9 @@ _WIDEST = re.compile(r"(?<!\\)(?:\\\\)*\\u[dD][89abAB]")
 _ITEM = r'(?:"[^"\\]*"|[-+.0-9eE]+|null|true|false|NaN|-?Infinity)'
 _ITEMS = re.compile(rf"{_ITEM}(?:\s*,\s*{_ITEM})*(?=\s*[,\]])")
 _SPACE = re.compile(r"[ \t\n\r]*")
-_FLAT = re.compile(r'\[[^\[\]{}"]{0,65536}\]')
+_FLAT = re.compile(r'\[[^\[\]{}"]*\]')
 _ROWS = re.compile(r'\[[^\[\]{}"]*\](?:\s*,\s*\[[^\[\]{}"]*\])*')
-_RUN = re.compile(r'[^\[\]{}"]{1,65536}')
+_RUN = re.compile(r'[^\[\]{}"]+')
 
 
 class NoArrayError(ValueError):
@@ -216,12 +216,12 @@ class _Parser:
 
     def _fill(self, found: array[Any], at: int) -> tuple[tuple[int, ...], int]:
         """Add the numbers of the list that begins here; its shape, and where it ends."""
-        if flat := _FLAT.match(self.text, at):
+        if flat := _FLAT.match(self.text, at, at + _PIECE):
             return self._add(found, flat[0]), flat.end()
         inner: set[tuple[int, ...]] = set()
         count, at = 0, self.skip(at + 1)
         while self.text[at : at + 1] != "]" or count:
-            if rows := _ROWS.match(self.text, at, at + 65536):
+            if rows := _ROWS.match(self.text, at, at + _PIECE):
                 length, *shape = self._add(found, f"[{rows[0]}]")
                 inner.add(tuple(shape))
                 count += length
@@ -243,7 +243,7 @@ class _Parser:
 
     def _run(self, found: array[Any], at: int) -> tuple[int, int]:
         """Add the numbers from here up to a bracket, or as many as fit a window; how many, and where they end."""
-        match = _RUN.match(self.text, at)
+        match = _RUN.match(self.text, at, at + _PIECE)
         run = "" if match is None else match[0]
         if self.text[at + len(run) : at + len(run) + 1] != "]":  # up to the last comma: a number may be cut off
             run = run[: max(0, run.rfind(","))]

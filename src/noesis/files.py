@@ -232,7 +232,7 @@ def read_json(path: PathLike, *, numbers: Collection[str] = (), whole: bool = Fa
     except bounded.NoArrayError as error:
         raise BadFile(
             f"{path} holds something else where arrays belong ({error})", "lists of numbers", "Write it again"
-        ) from None
+        ) from error
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise BadFile(
             f"{path} is not readable JSON ({type(error).__name__}: {error})",

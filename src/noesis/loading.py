@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from . import files, v01
+from .bounded import NoArrayError
 from .errors import BadFile, BadValue, MissingFile, NoesisError, require
 from .soulprint import Soulprint
 from .trace import Trace
@@ -347,8 +348,10 @@ def declared(path: Path) -> str | None:
     else:
         try:
             value = files.read_json(path, numbers=_NUMBERS)
-        except BadFile:  # of another kind: what goes by these names is no array
-            value = files.read_json(path)
+        except BadFile as error:
+            if not isinstance(error.__cause__, NoArrayError):
+                raise
+            value = files.read_json(path)  # of another kind, where something else goes by these names
     if v01.looks_like(value):
         return "noesis.soulprint" if value["type"].endswith("_soulprint") else "noesis.trace"
     named = value.get("format") if isinstance(value, dict) else None
