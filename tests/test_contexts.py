@@ -686,6 +686,11 @@ def test_classes_swapped_by_fsdp2(wrap_first: bool, tmp_path: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
+        try:
+            fully_shard(bare := net(), mesh=mesh)
+            train(bare)
+        except AttributeError as error:  # torch 2.6 built for CUDA asks a stream of the CPU to record an event
+            pytest.skip(f"FSDP2 itself does not run here: {error}")
 
         def shard(model: Any) -> None:
             for block in model.blocks:

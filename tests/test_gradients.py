@@ -115,7 +115,9 @@ def test_rows_are_those_of_the_gradients() -> None:
     assert found.layers == wrapped.trace().layers
     assert found.steps.tolist() == [0, 1, 2]
     assert set(found.never_ran) == set(found.layers) - set(want[0])
-    assert set(found.never_ran) == {"attention.out_proj", "layers.0.up", "layers.1.up"}
+    # Before 2.15 a Linear of 3-d returns a view, which the activation behind it changes in place.
+    views = nn.Linear(2, 2)(torch.ones(1, 1, 2))._is_view()
+    assert set(found.never_ran) == {"attention.out_proj", *(["layers.0.up", "layers.1.up"] if views else [])}
     for step, gradients in enumerate(want):
         for name, x in gradients.items():
             expected = [x.numel(), x.mean(), x.std(), x.abs().mean(), x.min(), x.max(), 0, (x == 0).sum()]
@@ -290,11 +292,16 @@ def test_no_gradient_at_all_is_no_strange_gradient() -> None:
     assert (wrapped.gradients().unmeasured, wrapped.gradients().never_ran) == ({}, ["unused"])
 
 
-@pytest.mark.parametrize(("shape", "never"), [((5, 2), []), ((5, 6, 2), ["0"])])
-def test_a_view_that_is_modified_in_place_has_no_gradient(shape: tuple[int, ...], never: list[str]) -> None:
-    """What autograd does: changing a view in place replaces the node that a hook waits at. Linear of 3-d is a view."""
-    wrapped = noesis.wrap(nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True)), layers="leaves", gradients=True)
-    wrapped(torch.ones(shape)).sum().backward()
+class Viewed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).view(*x.shape[:-1], self.out_features)
+
+
+@pytest.mark.parametrize(("layer", "never"), [(nn.Linear, []), (Viewed, ["0"])])
+def test_a_view_that_is_modified_in_place_has_no_gradient(layer: type[nn.Linear], never: list[str]) -> None:
+    """What autograd does: changing a view in place replaces the node that a hook waits at."""
+    wrapped = noesis.wrap(nn.Sequential(layer(2, 3), nn.ReLU(inplace=True)), layers="leaves", gradients=True)
+    wrapped(torch.ones(5, 2)).sum().backward()
     assert wrapped.gradients().never_ran == never
 
 

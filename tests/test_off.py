@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
 import noesis
-from noesis import calling
+from noesis.internals import calls
 
 
 class Deep(nn.Linear):
@@ -68,12 +70,14 @@ def test_a_layer_that_is_off_is_inside_of_no_more_calls() -> None:
     with wrapped.paused():
         wrapped.model(x)
         assert wrapped.model[0].depth == left_out == bare[0].depth < on
-    assert calling.called_as_any(nn.Linear)
-    assert not calling.called_as_any(Loud)
+    assert calls.called_as_any(nn.Linear)
+    assert not calls.called_as_any(Loud)
 
 
 def test_a_torch_whose_calls_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calling, "LOOKED_AT", (*calling.LOOKED_AT[:-1], "_global_new_hooks"))
+    monkeypatch.setattr(calls, "LOOKED_AT", (*calls.LOOKED_AT[:-1], "_global_new_hooks"))
+    assert not calls._as_known(calls.CALL_IMPL)
+    monkeypatch.setattr(calls, "KNOWN", None)
     wrapped = noesis.wrap(nn.Sequential(Deep(4, 4)))
     with wrapped.paused():
         wrapped.model(x)
@@ -188,12 +192,15 @@ def test_tracing_by_torch_fx(off: noesis.Wrapped) -> None:
     assert "call_module" in {node.op for node in ours.nodes}
 
 
-def test_the_profiler_knows_the_modules(off: noesis.Wrapped) -> None:
-    found = []
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
+def test_the_profiler_knows_the_modules(off: noesis.Wrapped, tmp_path: Path) -> None:
+    found, path = [], str(tmp_path / "trace.json")
     for model in (small(), off.model):
         with profile(with_stack=True) as seen:
             model(x)
-        found.append({event.name for event in seen.events() if "nn.Module: Linear" in event.name})
+        seen.export_chrome_trace(path)
+        events = json.loads(Path(path).read_text(encoding="utf-8"))["traceEvents"]
+        found.append({event["name"] for event in events if "nn.Module: Linear" in event.get("name", "")})
     assert found[0] == found[1] != set()
 
 

@@ -143,9 +143,19 @@ def imported(importtime: str) -> set[str]:
 # as may the modules of one package, as long as they do not go round in circles.
 
 LIBRARY, TOP = 4, 5
-FLOORS = {"errors": 0, "_version": 0, "bounded": 1, "files": 2, "kernels": 2, "v01": 3, "integrations": TOP, "cli": TOP}
+FLOORS = {
+    "errors": 0,
+    "_version": 0,
+    "internals": 1,
+    "bounded": 1,
+    "files": 2,
+    "kernels": 2,
+    "v01": 3,
+    "integrations": TOP,
+    "cli": TOP,
+}
 HOST_SIDE = {"trace", "soulprint", "comparison"}
-DEVICE_SIDE = {"calling", "judging", "observing", "recorder", "sites", "wrapping"}
+DEVICE_SIDE = {"judging", "observing", "recorder", "sites", "switch", "wrapping"}
 COMPILERS = ("triton", "numba")  # modules named after one hold its kernels; others import them late
 
 Imports = dict[str, set[str]]

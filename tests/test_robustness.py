@@ -295,12 +295,12 @@ def test_a_registry_of_subclasses_stays_as_it_was():
     assert Registered.known["later"] is Later
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # deprecated since 2.13
 def test_scripting_a_wrapped_model():
     model = small()
     wrapped = noesis.wrap(model, layers="all")
     x = torch.ones(2, 4)
-    with pytest.warns(DeprecationWarning, match="jit"):
-        scripted = torch.jit.script(model)
+    scripted = torch.jit.script(model)
     assert torch.equal(scripted(x), wrapped(x))
 
 

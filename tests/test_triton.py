@@ -33,7 +33,8 @@ from noesis.kernels.launching import LANES
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 pytestmark = [
     *([pytest.mark.gpu] if DEVICE.type == "cuda" else []),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy, which the interpreter computes with, on NaN
+    # NumPy, which the interpreter computes with, on NaN and, before triton 3.7, on arrays of one element.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning"),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

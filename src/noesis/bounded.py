@@ -27,7 +27,7 @@ LARGEST_RATIO, LEAST_UNPACKED = 64, 1 << 26
 LARGEST_IN_MEMORY, LEAST_BOUND = 4, 1 << 25
 _NOT_TRUSTED = ("a file of noesis' own", "Save it as .safetensors; if it is not yours, do not trust it")
 
-#: Characters that are parsed at once where a list or object ends within them, and of numbers on their way into an array.
+#: Characters that are parsed at once where a list or object ends within them; of numbers on their way into an array.
 _WINDOW, _PIECE = 1 << 13, 1 << 16
 #: What objects take at most: a number, a place in a growing list or dict, what surrounds any object.
 _NUMBER, _PLACE, _ENTRY, _HEAD = 32, 10, 160, 16

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from . import files
 from ._version import __version__
 from .errors import BadFile, BadType, BadValue, TooLarge, WrongState
-from .outputs import hidden_state, stream_index
+from .internals import block_index, recomputing
+from .outputs import hidden_state
 from .selecting import Layers, select
 from .tables import counted, plain, table
 from .wrapping import resolve
@@ -240,7 +241,7 @@ def capture(model: Any, layers: Layers = "blocks", *, max_bytes: int = 1 << 30) 
     handles: list[Any] = []
     try:
         for name, module in chosen:
-            handles.append(module.register_forward_hook(recording.hook(name, stream_index(module))))
+            handles.append(module.register_forward_hook(recording.hook(name, block_index(module))))
         yield acts
     finally:
         recording.open = False
@@ -261,7 +262,7 @@ class _Recording:
     def hook(self, name: str, index: int | None) -> Callable[[nn.Module, Any, Any], None]:
         def keep(_module: nn.Module, _args: Any, output: Any) -> None:
             # Inside a backward pass, a forward is the recomputation of activation checkpointing.
-            if self.open and torch._C._current_graph_task_id() == -1:
+            if self.open and not recomputing():
                 self.keep(name, hidden_state(output, index))
 
         # Traced, the growing lists would recompile at every step.

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from .calibration import Calibration, Doubt, Ranks, no_nan, split
 from .codebook import ROUNDING, Codebook, LayerCodebook
 from .errors import WrongState
-from .kernels import by_value, from_value, pooling, stays, undisturbed
+from .internals import stays, undisturbed
+from .kernels import by_value, from_value, pooling
 from .kernels.coding import Coded
 from .kernels.pooling import pooled
 from .surprise import LayerSurprise, Surprise

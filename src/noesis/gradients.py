@@ -11,10 +11,10 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .errors import WrongState
+from .internals import node_count, node_number
 from .kernels.stepping import ACTIVE, ENABLED, FOLD, SLOT
 from .recorder import Recorder
 
@@ -57,19 +57,19 @@ class GradientRecorder(Recorder):
 
     def end(self) -> None:
         """A forward of the root is over; its step stays open, since its gradients come later."""
-        self.ends.append((_nodes(), self.mark()))
+        self.ends.append((node_count(), self.mark()))
         self.skipping = False
 
     def pause(self, paused: bool) -> None:
         """Stop observing, or go on."""
         if self.paused and not paused:
-            self.ends.append((_nodes(), Mark(self.run, NOWHERE, None)))
+            self.ends.append((node_count(), Mark(self.run, NOWHERE, None)))
         super().pause(paused)
 
     def reset(self, meta: dict[str, Any]) -> None:
         """Forget the run and start another one, which gradients of earlier forwards are no part of."""
         super().reset(meta)
-        self.ends.append((_nodes(), Mark(self.run, NOWHERE, None)))
+        self.ends.append((node_count(), Mark(self.run, NOWHERE, None)))
         self.run, self.begun, self.aim = self.run + 1, 0, 0
 
     def mark(self) -> Mark:
@@ -78,7 +78,13 @@ class GradientRecorder(Recorder):
 
     def mark_of_recomputed(self) -> Mark:
         """The forward that a backward pass recomputes a part of: its node was made before that forward ended."""
-        number, before = torch._C._current_autograd_node()._sequence_nr(), sys.maxsize
+        number, before = node_number(), sys.maxsize
+        if number is None:
+            raise WrongState(
+                "This torch does not say which forward a recomputed layer is of",
+                "a torch that does",
+                "Observe without activation checkpointing",
+            )
         for end, mark in reversed(self.ends):
             if not number < end <= before:  # made since: a checkpoint in what is recomputed; or of another thread
                 break
@@ -102,8 +108,3 @@ class GradientRecorder(Recorder):
             self.aim = mark.step
         self.batch = mark.batch
         self.observe(gradient, index, self.places[index])
-
-
-def _nodes() -> int:
-    """How many nodes autograd has numbered in this thread."""
-    return int(torch._C._autograd._get_sequence_nr())

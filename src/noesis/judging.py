@@ -19,7 +19,7 @@ from .coder import Coder
 from .collecting import Collection, collect
 from .distributed_calibration import calibrate_over
 from .errors import BadType, BadValue, NoesisWarning, WrongState
-from .kernels import undisturbed
+from .internals import undisturbed
 from .kernels.stepping import FORWARDS
 from .recorder import Recorder
 from .surprise import Surprise

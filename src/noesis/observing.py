@@ -21,11 +21,10 @@ from torch.fx import GraphModule
 from torch.nn import Module
 from torch.nn.modules import module
 
-from .calling import CALL, CALL_IMPL, NEVER
 from .errors import BadType, WrongState
-from .kernels import recomputing
-from .outputs import register_block
-from .sites import Site, exporting
+from .internals import CALL, CALL_IMPL, recomputing, register_block, traced_by_jit, traced_for_export
+from .sites import Site
+from .switch import NEVER
 
 _GENERATED = "_noesis_generated"
 
@@ -73,7 +72,7 @@ class Observed:
                 or module._global_forward_pre_hooks
                 or this._compiled_call_impl
                 or profiler._is_profiler_enabled  # it finds modules by the frames of their calls
-                or torch._C._get_tracing_state()
+                or traced_by_jit()
                 or (switch.cuda and torch.cuda.is_current_stream_capturing())  # a graph asks the device later
                 or (switch.gradients and recomputing())  # of what was observed before: see below
                 or Module.__call__ is not CALL  # torch.fx puts its own in its place
@@ -84,7 +83,7 @@ class Observed:
         if not isinstance(self, Observed):  # unwrapped since; torch.compile keeps a bound `__call__`
             return type(self).__call__(self, *args, **kwargs)
         site = self._noesis
-        if site is None or (exporting() if compiling else site.skips()):
+        if site is None or (traced_for_export(site.recorder.key if site.root else "") if compiling else site.skips()):
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
             if site is not None and site.gradients is not None and not compiling:
                 site.recompute(output)
@@ -219,15 +218,6 @@ def original_class(observed: type) -> type:
 def site_of(module: nn.Module) -> Site | None:
     """What an observed module knows; None for one that is not observed."""
     return module._noesis if isinstance(module, Observed) else None
-
-
-def rebind(shell: Any) -> None:
-    """Have what torch.compile returned call its module by the class it has now.
-
-    It keeps the `__call__` of the class at the time of compiling, which ours would stay unseen behind.
-    """
-    if hasattr(shell, "_orig_mod"):
-        shell._initialize()
 
 
 def _new(original: type[nn.Module], *args: Any) -> Any:

@@ -7,7 +7,9 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from .internals import local_part
 
 
 def hidden_state(output: Any, index: int | None = None, depth: int = 8) -> Tensor | None:
@@ -70,7 +72,7 @@ def part_here(x: Any) -> Any:
     if is_dtensor(x):
         if any(placement.is_partial() for placement in x.placements):
             return "a DTensor with the placement Partial, a sum over ranks that is not taken yet"
-        x = x._local_tensor  # `to_local` would record a step of autograd
+        x = local_part(x)
     collectives = sys.modules.get("torch.distributed._functional_collectives")
     if collectives is not None and isinstance(x, collectives.AsyncCollectiveTensor):
         with torch.no_grad():
@@ -83,40 +85,6 @@ def part_emitted(x: Any) -> Any:
     if any(placement.is_partial() for placement in x.placements):
         return None
     return x.detach().to_local()
-
-
-def stream_index(module: nn.Module) -> int | None:
-    """Where diffusers' registry says a block's hidden states are among its outputs.
-
-    The dual-stream blocks of SD3 and Flux return (text, image); the registry names the image stream.
-    """
-    helpers = sys.modules.get("diffusers.hooks._helpers")
-    if helpers is None:  # no diffusers in this process, so no diffusers block either
-        return None
-    for cls in type(module).__mro__:
-        try:
-            metadata = helpers.TransformerBlockRegistry.get(cls)
-        except ValueError:
-            continue
-        index: int | None = metadata.return_hidden_states_index
-        return index
-    return None
-
-
-def register_block(original: type[nn.Module], made: type[nn.Module]) -> None:
-    """Tell diffusers that a class made from one of its blocks is such a block too.
-
-    Its caches (FirstBlockCache, MagCache) and layer skipping look blocks up by their exact class.
-    """
-    helpers = sys.modules.get("diffusers.hooks._helpers")
-    if helpers is None:
-        return
-    try:
-        metadata = helpers.TransformerBlockRegistry.get(original)
-    except ValueError:
-        return
-    # A copy, since registering writes the class into what it is given.
-    helpers.TransformerBlockRegistry.register(made, dataclasses.replace(metadata))
 
 
 def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any], depth: int = 3) -> int:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from . import files
 from .errors import BadType, BadValue, NoesisError, TimedOut, WrongState
+from .internals import device_kinds, rendezvous
 
 if TYPE_CHECKING:
     pass
@@ -48,7 +49,7 @@ class Ranks:
         self.timeout = timeout
         self.members = dist.get_process_group_ranks(group)
         self.rank, self.size = dist.get_rank(group), len(self.members)
-        kinds = [device.type for device in group._device_types]
+        kinds = device_kinds(group)
         self.device = torch.device("cpu" if "cpu" in kinds else kinds[0])  # the current one of its kind
 
     def check_in(self, what: str) -> None:
@@ -58,7 +59,9 @@ class Ranks:
             NoesisError: when some are not there in time, by number.
         """
         try:
-            self._meet(_store(), f"noesis/{self.group.group_name}", what)
+            store = rendezvous()
+            if store is not None:  # without it, collectives time out by themselves
+                self._meet(store, f"noesis/{self.group.group_name}", what)
         except NoesisError:
             raise
         except RuntimeError as error:
@@ -148,10 +151,6 @@ def _absent(store: Any, keys: list[str], ranks: list[int]) -> list[int]:
         return ranks
     middle = len(ranks) // 2
     return _absent(store, keys, ranks[:middle]) + _absent(store, keys, ranks[middle:])
-
-
-def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()
 
 
 @contextmanager

@@ -19,10 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .calling import Switch
 from .coder import Channel, Coder
 from .errors import NoesisError, WrongState
-from .kernels import CONTROL, by_value, from_value, moments, rows, scratch, stays, stepping, undisturbed
+from .evidence import Evidence
+from .internals import LISTENERS, stays, undisturbed
+from .kernels import CONTROL, by_value, from_value, moments, rows, scratch, stepping
 from .kernels.routing import RouteBank
 from .kernels.rows import FIELDS, SLOTS
 from .kernels.stepping import (
@@ -39,6 +40,7 @@ from .kernels.stepping import (
     TOTALS,
 )
 from .routes import Router, Routes
+from .switch import Switch
 from .trace import Trace, stats_of
 
 Floats = NDArray[np.float64]
@@ -249,12 +251,19 @@ class Recorder:
         self.gradients: Recorder | None = None  # of gradients, whose steps begin with these
         self.aside: dict[torch.device, Tensor] | None = None  # a control block per device, where forwards leave no mark
         self.aside_forwards = 0
+        self.evidence = Evidence()
+        self._listen()
+
+    def _listen(self) -> None:
+        self.key = uuid.uuid4().hex  # a string, which compiled code takes for a constant
+        LISTENERS[self.key] = self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "observed": []}  # the modules of a copy are not these
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._listen()
         # Whoever leaves a pause, a forward or a calibration leaves that of the original.
         self.pauses, self.skipping, self.batch, self.aside = 0, False, None, None
         self.pause(False)
@@ -398,6 +407,18 @@ class Recorder:
         """Whether a CUDA graph is being captured, which runs again without the host."""
         return self.on_cuda and torch.cuda.is_current_stream_capturing()
 
+    def traced(self, exporting: bool) -> None:
+        """Dynamo traces the model, whose next forward will run compiled."""
+        if exporting:
+            self.evidence.passed_by("traced by torch.export")
+        elif not self.paused and self.aside is None:
+            self.evidence.compiled_at = self.forwards
+
+    def returned(self) -> None:
+        """The container was called, and the model returned."""
+        if not self.paused and self.aside is None:
+            self.evidence.calls += 1
+
     # ------------------------------------------------------------ control and reading
 
     def pause(self, paused: bool) -> None:
@@ -448,6 +469,7 @@ class Recorder:
             for bank in self.banks:
                 bank.clear()
         self.forwards = 0
+        self.evidence = Evidence()
         if self.coder is not None:
             self.coder.forget()
         self.unmeasured.clear()
@@ -527,6 +549,9 @@ class Recorder:
     def trace(self, since: int | None = None) -> Trace:
         """What is known, as a trace, or of forward `since` and later ones alone, which reads no more than these."""
         reading, stats = self.read(since), self.stats
+        lost = self.evidence.left_no_mark(reading.forwards, self.forwards)
+        if lost is not None:
+            self.evidence.say(lost)
         named: list[str | None] = [*self.branches, None]  # -1 stands for no branch
 
         def one(row: int) -> Trace:
@@ -549,6 +574,8 @@ class Recorder:
             )
 
         whole = one(0)
+        if lost is not None:
+            whole.unmeasured |= {name: lost for name in whole.never_ran if name not in whole.unmeasured}
         if self.per_sample:
             used = (reading.totals[1:, :, stepping.STEPS] > 0).any(1).sum()
             whole.samples = [one(1 + sample) for sample in range(int(used))]

@@ -31,6 +31,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from .errors import BadType, BadValue
+from .internals import capture_declarations
 
 Predicate = Callable[[str, nn.Module], bool]
 Layers = str | type[nn.Module] | Predicate | Iterable["str | type[nn.Module] | Predicate"]
@@ -181,12 +182,7 @@ def router_declarations(model: nn.Module) -> list[tuple[type[nn.Module], int]]:
     """
     found: list[tuple[type[nn.Module], int]] = []
     for module in model.modules():
-        declared = (getattr(type(module), "_can_record_outputs", None) or {}).get("router_logits", [])
-        for entry in declared if isinstance(declared, (list, tuple)) else [declared]:
-            # A bare class stands for the library's default index 1; a recorder names its own.
-            cls, index = getattr(entry, "target_class", entry), getattr(entry, "index", 1)
-            if isinstance(cls, type) and (cls, index) not in found:
-                found.append((cls, index))
+        found += [each for each in capture_declarations(type(module), "router_logits") if each not in found]
     return found
 
 

@@ -7,17 +7,24 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling, is_dynamo_compiling
-from torch.fx import _symbolic_trace
-from torch.utils.hooks import unserializable_hook
+from torch.compiler import is_compiling
 
-from .calling import NEVER
 from .coder import Channel
 from .gradients import NOWHERE, GradientRecorder, Mark
-from .kernels import disturbed, recomputing, undisturbed
+from .internals import (
+    disturbed,
+    foreign,
+    picklable_hook,
+    recomputing,
+    storageless,
+    traced_by_fx,
+    traced_by_jit,
+    undisturbed,
+)
 from .outputs import batch_of, hidden_state, is_dtensor, part_emitted, part_here
 from .recorder import Recorder
 from .routes import Router
+from .switch import NEVER
 
 #: What a timestep has to stay below to be recorded exactly.
 LARGEST_TIMESTEP = 2.0**53
@@ -54,9 +61,11 @@ class Site:
         off = (recorder.paused or (recorder.skipping and not self.root)) and recorder.aside is None
         if off and not recorder.capturing():  # a graph asks the device whether to observe, at every replay
             return True
-        if recomputing() or torch._C._get_tracing_state() is not None or _symbolic_trace._is_fx_tracing_flag:
-            return True
-        return is_compiling() and not is_dynamo_compiling()  # which may compile this very function
+        if not (recomputing() or traced_by_jit() or traced_by_fx() or foreign()):
+            return False
+        if self.root:
+            recorder.evidence.passed_by("recomputed" if recomputing() else "traced by torch.jit, torch.fx or an export")
+        return True
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward of the root starts: find its timestep and its batch."""
@@ -131,7 +140,7 @@ class Site:
             if gradient is not None and not is_compiling():
                 self.take(gradient, gradients, mark)
 
-        x.register_hook(unserializable_hook(take))  # or torch would warn when the output is saved
+        x.register_hook(picklable_hook(take))
 
     def take(self, gradient: Tensor, gradients: GradientRecorder, mark: Mark) -> None:
         """Have a gradient measured."""
@@ -235,12 +244,6 @@ class Site:
             self.recorder.route(*found, router.index)
 
 
-def exporting() -> bool:
-    """Whether `torch.export` looks: what it writes runs where there is no noesis, and is not observed."""
-    asked: Callable[[], bool] | None = getattr(torch.compiler, "is_exporting", None)  # torch 2.7
-    return asked is not None and asked()
-
-
 def is_number(timestep: Any) -> bool:
     """Whether there is a value to record: a fake or batched tensor has none that could be read."""
     if isinstance(timestep, (float, int)):
@@ -254,7 +257,7 @@ def is_number(timestep: Any) -> bool:
         or timestep.layout != torch.strided
         or timestep.numel() == 0
         or timestep.device.type == "meta"
-        or torch._C._functorch.is_functorch_wrapped_tensor(timestep)
+        or storageless(timestep)
     )
 
 
@@ -264,7 +267,7 @@ def unmeasurable(x: Any) -> str | None:
         return "no floating tensor"
     if x.is_nested or x.layout != torch.strided:
         return "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
-    if x.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if x.is_meta or storageless(x):
         return "a tensor without data of its own (meta device or torch.func)"
     if type(x) not in (Tensor, nn.Parameter) and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"a {type(x).__name__}"

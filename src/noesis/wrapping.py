@@ -21,10 +21,9 @@ from .coder import Coder
 from .distributed import merge_over
 from .errors import BadType, BadValue, NoesisError, WrongState
 from .gradients import GradientRecorder
+from .internals import block_index, compiled, inside, rebind, undisturbed
 from .judging import Judging, check_codebook, logits_module
-from .kernels import undisturbed
-from .observing import become_observed, rebind, restore, site_of
-from .outputs import stream_index
+from .observing import become_observed, restore, site_of
 from .recorder import Recorder
 from .routes import Routes, routers
 from .scalars import STATS, scalars, under
@@ -166,7 +165,7 @@ def _observe(
     for index, (name, module) in enumerate(chosen):
         _, site = sites.setdefault(id(module), (module, Site(recorder)))
         site.index, site.name, site.places = index, name, recorder.places[index]
-        site.pick, site.stream = output, stream_index(module)
+        site.pick, site.stream = output, block_index(module)
         site.gradients = gradients
         site.router = by_name.get(name)
         site.looks = True
@@ -285,15 +284,11 @@ class Wrapped(Judging, nn.Module):
             )
         trace: Trace = self._recorder.gradients.trace()
         trace.meta |= {**self._recorder.meta, "of": "gradients"}
-        compiled = [
-            f"{name}."
-            for name, module in self._root.named_modules()
-            if module._compiled_call_impl or hasattr(module, "_orig_mod")
-        ]
+        names = [f"{name}." for name, module in self._root.named_modules() if compiled(module)]
         for name in trace.never_ran:
             if name in self._recorder.unmeasured:
                 trace.unmeasured[name] = self._recorder.unmeasured[name]
-            elif self._recorder.on_device or name.startswith(tuple(compiled)):
+            elif self._recorder.on_device or name.startswith(tuple(names)):
                 trace.unmeasured[name] = "no gradient that eager code gave: compiled code gives none"
         return self._told(trace, self._recorder.gradients.earlier, group, timeout)
 
@@ -469,7 +464,10 @@ class Wrapped(Judging, nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
-        return self.model(*args, **kwargs)
+        output = self.model(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            self._recorder.returned()
+        return output
 
     def __getattr__(self, name: str) -> Any:
         if "model" not in self.__dict__:  # a copy that is being made
@@ -556,7 +554,7 @@ def resolve(model: Any) -> tuple[Any, nn.Module, list[nn.Module], Any]:
     if isinstance(model, Wrapped):
         model = model.model
     if isinstance(model, nn.Module):
-        root = getattr(model, "_orig_mod", model)  # what torch.compile was given
+        root = inside(model)
         return model, root, [root], None
     if hasattr(model, "components") and callable(model):
         from .integrations.diffusers import Pipeline  # only a pipeline needs it

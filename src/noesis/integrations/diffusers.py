@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadValue
-from ..observing import rebind
+from ..internals import inside, rebind
 from ..recorder import Recorder
 
 #: Components of diffusers pipelines that denoise. Text encoders, VAEs and controlnets are none.
@@ -120,7 +120,7 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
     """The denoisers of a pipeline by the names of their components, each once."""
     found: dict[str, nn.Module] = {}
     for name, component in pipe.components.items():
-        module = getattr(component, "_orig_mod", component)  # what torch.compile was given
+        module = inside(component)
         again = any(module is other for other in found.values())
         if DENOISER.fullmatch(name) and isinstance(module, nn.Module) and not again:
             found[name] = module

@@ -10,13 +10,13 @@ are imported late since importing a compiler takes long.
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from loguru import logger
-from torch.utils._python_dispatch import _disable_current_modes
+
+from ..internals import recomputing, stays, undisturbed
 
 #: Numbers in a control block; `stepping` says which.
 CONTROL = 9
@@ -42,11 +42,11 @@ def has_triton(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     try:
-        from .stepping_triton import end_triton
+        from .probe_triton import probe
 
         # Triton needs a C compiler, a folder for its cache, and a device it knows: better to learn it here than
         # in a forward.
-        end_triton(torch.zeros(CONTROL, dtype=torch.int64, device=device), capacity=0)
+        probe(device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -76,15 +76,6 @@ def scratch(device: torch.device) -> torch.Tensor:
     return moments_triton.scratch(device)
 
 
-def stays(tensor: torch.Tensor) -> torch.Tensor:
-    """Tell compiled code that a tensor stays where it is, so that CUDA graphs write to it and do not copy it.
-
-    As `torch._dynamo.mark_static_address`, which to import costs seconds.
-    """
-    tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
-    return tensor
-
-
 def by_value(state: dict[str, Any]) -> dict[str, Any]:
     """The state of an object for a copy or a pickle, with its tensors by value; `from_value` takes it back.
 
@@ -111,23 +102,6 @@ class _Value:
         with undisturbed(), torch.inference_mode(False):
             copy = self.copy if isinstance(self.copy, torch.Tensor) else torch.from_numpy(self.copy)
             return stays(copy.clone())
-
-
-def recomputing() -> bool:
-    """Whether a backward pass is running: activation checkpointing recomputes there what was seen already."""
-    return torch._C._current_graph_task_id() != -1
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Outside of the modes that watch or change torch's operations (selective checkpointing, fake tensors)."""
-    with torch._C.DisableTorchFunction(), _disable_current_modes():
-        yield
-
-
-def disturbed() -> bool:
-    """Whether there are such modes; asking costs less than leaving them."""
-    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
 
 
 def _unless_recomputing(kernel: Callable[..., None]) -> Callable[..., None]:

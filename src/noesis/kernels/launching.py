@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..internals.cuda import current_device, raw_stream
+
 #: Streams of one device, each with scratch memory of its own; more than torch makes (129).
 LANES = 160
 _LANES: dict[tuple[int, int], int] = {}
@@ -24,7 +26,7 @@ def multiprocessors(device: torch.device) -> int:
 
 def current_stream(device: torch.device) -> int:
     """The handle of the device's current stream."""
-    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    return raw_stream(device.index) if device.type == "cuda" else 0
 
 
 def lane(device: torch.device, stream: int) -> int:
@@ -45,7 +47,12 @@ class Kernel:
     Args:
         function: what `triton.jit` returned.
         warps: warps per program.
+
+    Attributes:
+        direct: whether what Triton compiled takes its arguments as we know it; `probe_triton` finds out.
     """
+
+    direct = True
 
     def __init__(self, function: Any, warps: int) -> None:
         self.function = function
@@ -71,14 +78,14 @@ class Kernel:
             pointers: the kernel's first arguments.
             numbers: the others, constexprs included.
         """
-        if device.type == "cuda" and torch._C._cuda_getDevice() != device.index:
+        if device.type == "cuda" and current_device() != device.index:
             with torch.cuda.device(device):
                 self.launch(device, stream, variant, grid, pointers, numbers)
             return
         kernel = self.compiled.get((device.index, variant))
         if kernel is None:
             made = self.function[grid](*pointers, *numbers, num_warps=self.warps)
-            if made is not None:  # the interpreter compiles nothing
+            if made is not None and self.direct:  # the interpreter compiles nothing
                 self.compiled[device.index, variant] = made
             return
         addresses = [pointer.data_ptr() for pointer in pointers]

@@ -273,7 +273,7 @@ def moments_kernel(
         if COUNT_ZEROS:
             zero += tl.sum(zeros, 0)
 
-        if not ((total < INFINITY) & (squares < INFINITY) & ((squares > TINY) | ~(low < high))):
+        if not ((total < INFINITY) & (squares < INFINITY) & ((squares > TINY) | (low >= high))):
             met = count
             count, zero, mean, std, abs_mean, low, high = _reread(
                 p_x, n, s1, s2, s3, t0, t1, t2, t3, split, splits, mine, TILE, PIECE, DENSE, COUNT_ZEROS

@@ -1,0 +1,41 @@
+"""Names of torch and other libraries that are private, undocumented or differ between versions, each in one place.
+
+A name is looked up once, when this package loads. One that is missing, or is not what noesis knows, is said in the log,
+and what stands in its place is public and slower, never an exception in a forward and never a row lost in silence.
+What has to hold for a name is checked where it is looked up; `tests/test_internals.py` takes each away in turn.
+"""
+
+from .autograd import node_count, node_number, picklable_hook, recomputing
+from .calls import CALL, CALL_IMPL, called_as_any
+from .compiling import LISTENERS, compiled, foreign, inside, rebind, stays, traced_for_export
+from .libraries import block_index, capture_declarations, device_kinds, register_block, rendezvous
+from .modes import disturbed, undisturbed
+from .tensors import local_part, storageless, traced_by_fx, traced_by_jit
+
+__all__ = [
+    "CALL",
+    "CALL_IMPL",
+    "LISTENERS",
+    "block_index",
+    "called_as_any",
+    "capture_declarations",
+    "compiled",
+    "device_kinds",
+    "disturbed",
+    "foreign",
+    "inside",
+    "local_part",
+    "node_count",
+    "node_number",
+    "picklable_hook",
+    "rebind",
+    "recomputing",
+    "register_block",
+    "rendezvous",
+    "stays",
+    "storageless",
+    "traced_by_fx",
+    "traced_by_jit",
+    "traced_for_export",
+    "undisturbed",
+]

@@ -1,0 +1,128 @@
+"""torch.compile and torch.export: what they made of a model, and what they are told while they trace."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import Any, Protocol
+
+import torch
+from loguru import logger
+from torch import Tensor
+from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.nn import Module
+
+from .lookup import attribute
+
+# ---------------------------------------------------------------- what torch.compile returns
+
+
+def _is_shell(module: Any) -> bool:
+    """Whether this is what `torch.compile` returned for a module."""
+    cls = type(module)
+    return cls.__name__ == "OptimizedModule" and cls.__module__.startswith("torch._dynamo")
+
+
+def inside(module: Any) -> Any:
+    """The module that `torch.compile` was given; any other module itself."""
+    found = attribute(module, "_orig_mod")
+    if isinstance(found, Module):
+        return found
+    children = list(module.children()) if _is_shell(module) else []
+    return children[0] if len(children) == 1 else module
+
+
+def compiled(module: Module) -> bool:
+    """Whether a module was compiled where it stands, or is what `torch.compile` returned."""
+    return attribute(module, "_compiled_call_impl") is not None or inside(module) is not module
+
+
+def rebind(shell: Any) -> None:
+    """Have what torch.compile returned call its module by the class it has now.
+
+    It keeps the `__call__` of the class at the time of compiling, which ours would stay unseen behind.
+    """
+    if not isinstance(shell, Module) or inside(shell) is shell:
+        return
+    again = attribute(shell, "_initialize")
+    if callable(again):
+        again()
+    else:
+        logger.warning("what torch.compile returned before wrapping cannot be told of it; compile the model again")
+
+
+# ---------------------------------------------------------------- while Dynamo traces
+
+
+class Listener(Protocol):
+    """Whoever wants to know that Dynamo traces its model."""
+
+    def traced(self, exporting: bool) -> None:
+        """Dynamo traces the root, to export it or to run it compiled."""
+
+
+#: By the key that the traced code has.
+LISTENERS: weakref.WeakValueDictionary[str, Listener] = weakref.WeakValueDictionary()
+
+
+def traced_for_export(key: str) -> bool:
+    """Whether it is `torch.export` that traces: what it writes runs where there is no noesis, and is not observed.
+
+    Dynamo calls this while it traces, and takes the answer for a constant (`torch.compiler.assume_constant_result`
+    sets the mark below, but imports Dynamo). So it is ordinary Python, and may ask what traced code may not: before
+    2.12 Dynamo itself answers `torch.compiler.is_exporting` with yes whenever it compiles.
+    """
+    if is_dynamo_compiling():  # traced after all
+        return False
+    exporting = _exporting()
+    _mark_early()
+    listener = LISTENERS.get(key)
+    if listener is not None:
+        listener.traced(exporting)
+    return exporting
+
+
+traced_for_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _exporting() -> bool:
+    ask = attribute(torch.compiler, "is_exporting")  # torch 2.7, which does not say so of strict exports
+    if ask is not None and ask() is True:
+        return True
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).startswith(("torch.export.", "torch._export.")):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def foreign() -> bool:
+    """Whether another than Dynamo compiles, which may trace this very function."""
+    return is_compiling() and not is_dynamo_compiling()
+
+
+# ---------------------------------------------------------------- tensors that stay where they are
+
+_EARLY: list[weakref.ref[Tensor]] = []
+
+
+def stays(tensor: Tensor) -> Tensor:
+    """Tell compiled code that a tensor stays where it is, so that CUDA graphs write to it and do not copy it."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if attribute(dynamo, "mark_static_address") is None:  # not imported yet, which costs seconds; see `_mark_early`
+        tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+        _EARLY.append(weakref.ref(tensor))
+    else:
+        torch._dynamo.mark_static_address(tensor, guard=False)
+    return tensor
+
+
+def _mark_early() -> None:
+    """Dynamo's own mark for tensors that came before it, should it be another one than ours."""
+    if _EARLY and attribute(sys.modules.get("torch._dynamo"), "mark_static_address") is not None:
+        for ref in _EARLY:
+            tensor = ref()
+            if tensor is not None:
+                torch._dynamo.mark_static_address(tensor, guard=False)
+        _EARLY.clear()
