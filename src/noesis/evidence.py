@@ -15,7 +15,12 @@ class Evidence:
     compiled_at: int | None = None  # eager forwards by the time that Dynamo last traced the model to run it
     passed: dict[str, int] = field(default_factory=dict)  # forwards that were none of ours, by reason
     calls: int = 0  # of the container
+    unreached: bool = False  # whether the model was compiled in a way that noesis cannot get in between
     said: bool = False
+
+    def afresh(self) -> Evidence:
+        """That of the next run."""
+        return Evidence(unreached=self.unreached)
 
     def passed_by(self, why: str) -> None:
         """A forward of the root was none of ours."""
@@ -36,6 +41,8 @@ class Evidence:
         if forwards == 0 and self.passed:
             told = ", ".join(f"{times} {what}" for what, times in self.passed.items())
             return f"forwards of the model were left out ({told})"
+        if forwards == 0 and self.unreached:
+            return "the model was compiled before wrapping, and this torch does not tell how to have it begin steps"
         if forwards == 0 and self.calls:
             return f"the model returned {self.calls} times, but was not called as noesis left it"
         return None

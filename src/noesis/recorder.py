@@ -469,7 +469,7 @@ class Recorder:
             for bank in self.banks:
                 bank.clear()
         self.forwards = 0
-        self.evidence = Evidence()
+        self.evidence = self.evidence.afresh()
         if self.coder is not None:
             self.coder.forget()
         self.unmeasured.clear()
@@ -575,7 +575,7 @@ class Recorder:
 
         whole = one(0)
         if lost is not None:
-            whole.unmeasured |= {name: lost for name in whole.never_ran if name not in whole.unmeasured}
+            whole.unmeasured = {**dict.fromkeys(self.names, lost), **whole.unmeasured}
         if self.per_sample:
             used = (reading.totals[1:, :, stepping.STEPS] > 0).any(1).sum()
             whole.samples = [one(1 + sample) for sample in range(int(used))]

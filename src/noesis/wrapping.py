@@ -135,7 +135,7 @@ def wrap(
     if codebook is not None:
         recorder.coder = Coder(codebook, recorder.banks[0].device, logits if callable(logits) else None)
     _observe(recorder, chosen, roots, output, logits_module(root, logits))
-    rebind(called)
+    recorder.evidence.unreached = not rebind(called)
     recorder.base_meta = _describe(root, layers)
     recorder.reset({})
     wrapped = Wrapped(called, root, recorder, pipeline)

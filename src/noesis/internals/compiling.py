@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from loguru import logger
 from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn import Module
@@ -37,18 +37,17 @@ def compiled(module: Module) -> bool:
     return attribute(module, "_compiled_call_impl") is not None or inside(module) is not module
 
 
-def rebind(shell: Any) -> None:
-    """Have what torch.compile returned call its module by the class it has now.
+def rebind(shell: Any) -> bool:
+    """Have what torch.compile returned call its module by the class it has now; whether that could be done.
 
     It keeps the `__call__` of the class at the time of compiling, which ours would stay unseen behind.
     """
     if not isinstance(shell, Module) or inside(shell) is shell:
-        return
-    again = attribute(shell, "_initialize")
+        return True
+    again, before = attribute(shell, "_initialize"), shell.forward
     if callable(again):
         again()
-    else:
-        logger.warning("what torch.compile returned before wrapping cannot be told of it; compile the model again")
+    return shell.forward is not before
 
 
 # ---------------------------------------------------------------- while Dynamo traces
@@ -87,7 +86,7 @@ traced_for_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _exporting() -> bool:
     ask = attribute(torch.compiler, "is_exporting")  # torch 2.7, which does not say so of strict exports
-    if ask is not None and ask() is True:
+    if callable(ask) and ask() is True:
         return True
     frame: Any = sys._getframe()
     while frame is not None:
@@ -109,20 +108,27 @@ _EARLY: list[weakref.ref[Tensor]] = []
 
 def stays(tensor: Tensor) -> Tensor:
     """Tell compiled code that a tensor stays where it is, so that CUDA graphs write to it and do not copy it."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if attribute(dynamo, "mark_static_address") is None:  # not imported yet, which costs seconds; see `_mark_early`
+    mark = _mark()
+    if mark is None:
         tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
         _EARLY.append(weakref.ref(tensor))
     else:
-        torch._dynamo.mark_static_address(tensor, guard=False)
+        mark(tensor, guard=False)
     return tensor
 
 
+def _mark() -> Callable[..., None] | None:
+    """Dynamo's own mark, once it is imported, which costs seconds."""
+    mark = attribute(sys.modules.get("torch._dynamo"), "mark_static_address")
+    return mark if callable(mark) else None
+
+
 def _mark_early() -> None:
-    """Dynamo's own mark for tensors that came before it, should it be another one than ours."""
-    if _EARLY and attribute(sys.modules.get("torch._dynamo"), "mark_static_address") is not None:
+    """Mark tensors that came before Dynamo as it does, should that be otherwise than we did."""
+    mark = _mark() if _EARLY else None
+    if mark is not None:
         for ref in _EARLY:
             tensor = ref()
             if tensor is not None:
-                torch._dynamo.mark_static_address(tensor, guard=False)
+                mark(tensor, guard=False)
         _EARLY.clear()

@@ -96,4 +96,5 @@ def device_kinds(group: Any) -> list[str]:
 def rendezvous() -> Any:
     """The store by which the processes of the default group found each other; None where it cannot be had."""
     ask = attribute(torch.distributed.distributed_c10d, "_get_default_store")
-    return ask() if callable(ask) else None
+    store = ask() if callable(ask) else None
+    return store if isinstance(store, torch.distributed.Store) else None
