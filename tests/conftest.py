@@ -27,3 +27,18 @@ def data() -> Path:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+#: Whose tests run on every supported torch, by `tools/try_torch.py`: they need no other library.
+CORE = {
+    *("test_capture", "test_coding", "test_compile", "test_contexts", "test_gradients", "test_internals"),
+    *("test_kernels", "test_observing", "test_off", "test_recorder", "test_robustness", "test_surprise", "test_triton"),
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the core; of slow tests, those alone that say so themselves."""
+    for item in items:
+        if item.path.stem in CORE and item.get_closest_marker("slow") is None:
+            item.add_marker("core")
