@@ -1,8 +1,8 @@
 """What noesis does on a torch that lacks a name, or has another thing under it: run in a process of its own per name.
 
-    python tests/internals_case.py missing number function
+    python tests/internals_case.py missing
 
-Prints a JSON object per case: the names that were taken away, what was put in their place, and what went wrong.
+Prints a JSON object per case: the names that were taken away, and what went wrong.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 INTERNALS = Path(__file__).parents[1] / "src" / "noesis" / "internals"
-PLACES: dict[str, Any] = {"missing": None, "number": 7, "function": lambda *args, **kwargs: "something else"}
+#: What is put in the place of names, of several things in turn.
+PLACES: dict[str, list[Any]] = {"missing": [None], "other": [7, lambda *args, **kwargs: "something else"]}
+#: Processes at a time.
+SIDE_BY_SIDE = 2
 #: Names of other libraries, which have tests of their own; CUDA's are looked up where there is a device.
 ELSEWHERE = {"TransformerBlockRegistry", "get", "register", "return_hidden_states_index", "_can_record_outputs"}
 
@@ -252,7 +255,7 @@ def problems(taken: tuple[str, ...], place: Any) -> list[str]:
     return found
 
 
-def in_a_child(taken: tuple[str, ...], place: Any) -> list[str]:
+def begin(taken: tuple[str, ...], place: Any) -> tuple[tuple[str, ...], int, int]:
     """The same in a fork, which has not imported noesis."""
     readable, writable = os.pipe()
     child = os.fork()
@@ -261,11 +264,16 @@ def in_a_child(taken: tuple[str, ...], place: Any) -> list[str]:
             json.dump(problems(taken, place), out)
         os._exit(0)
     os.close(writable)
+    return taken, child, readable
+
+
+def end(taken: tuple[str, ...], child: int, readable: int) -> None:
+    """Wait for a fork, and print what it found."""
     with os.fdopen(readable) as told:
         text = told.read()
     os.waitpid(child, 0)
     found: list[str] = json.loads(text) if text else ["the process died"]
-    return found
+    print(json.dumps({"taken": taken, "problems": found}), flush=True)
 
 
 if __name__ == "__main__":
@@ -274,7 +282,10 @@ if __name__ == "__main__":
         torch.compile(Net(), backend="eager")(x)
         for strict in (True, False):
             torch.export.export(Net(), (x,), strict=strict)
-    cases = [((), "nothing"), *((taken, kind) for kind in sys.argv[1:] for taken in names())]
-    for taken, kind in cases:
-        case = {"taken": taken, "kind": kind, "problems": in_a_child(taken, PLACES.get(kind))}
-        print(json.dumps(case), flush=True)
+    places, running = PLACES[sys.argv[1]], []
+    for number, taken in enumerate([(), *names()]):
+        running.append(begin(taken, places[number % len(places)]))
+        if len(running) == SIDE_BY_SIDE:
+            end(*running.pop(0))
+    for each in running:
+        end(*each)

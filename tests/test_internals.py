@@ -28,7 +28,7 @@ LIBRARIES = {"torch", "triton", "numba", "transformers", "diffusers", "accelerat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [pytest.param("missing", marks=pytest.mark.core), "number", "function"])
+@pytest.mark.parametrize("kind", [pytest.param("missing", marks=pytest.mark.core), "other"])
 def test_what_every_name_does_when_it_is_gone_or_another(kind: str) -> None:
     """Bitwise outputs and right rows, or layers reported by name; never an exception in a forward."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
@@ -153,6 +153,13 @@ def test_a_container_whose_calls_go_elsewhere_says_so() -> None:
     wrapped(x)
     with pytest.warns(noesis.NoesisWarning, match="returned 1 times, but was not called as noesis left it"):
         assert len(wrapped.trace()) == 0
+
+
+def test_a_container_that_was_unwrapped_has_nothing_to_say() -> None:
+    wrapped = noesis.wrap(small(), layers="linear")
+    wrapped.unwrap()
+    wrapped(x)
+    assert len(wrapped.trace()) == 0
 
 
 def test_evidence_of_one_run_is_none_of_the_next() -> None:

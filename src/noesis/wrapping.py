@@ -465,7 +465,7 @@ class Wrapped(Judging, nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
         output = self.model(*args, **kwargs)
-        if not torch.compiler.is_compiling():
+        if self._wrapped and not torch.compiler.is_compiling():
             self._recorder.returned()
         return output
 

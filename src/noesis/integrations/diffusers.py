@@ -96,7 +96,7 @@ class Pipeline:
         if not isinstance(self.pipe, ObservedPipeline):
             object.__setattr__(self.pipe, "__class__", _observed_class(type(self.pipe)))
         self.pipe.__dict__["_noesis"] = Calls(recorder)
-        self._rebind()
+        recorder.evidence.unreached |= not self._rebind()
 
     def detach(self) -> None:
         """Give the pipeline its class back, unless another recorder has taken it over."""
@@ -111,9 +111,9 @@ class Pipeline:
             self.pipe.__dict__["_noesis"] = None
         self._rebind()
 
-    def _rebind(self) -> None:
-        for component in self.pipe.components.values():
-            rebind(component)
+    def _rebind(self) -> bool:
+        told = [rebind(component) for component in self.pipe.components.values()]
+        return all(told)
 
 
 def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
