@@ -36,6 +36,12 @@ CORE = {
 }
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m core`, other files are not even imported: what they import may be missing."""
+    others = collection_path.name.startswith("test_") and collection_path.stem not in CORE
+    return True if config.option.markexpr == "core" and others else None
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the core; of slow tests, those alone that say so themselves."""

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
@@ -216,7 +217,8 @@ def compiled(noesis: Any) -> Iterator[tuple[str, bool]]:
 
 
 def spread(noesis: Any) -> Iterator[tuple[str, bool]]:
-    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+    folder = tempfile.TemporaryDirectory()
+    dist.init_process_group("gloo", init_method=f"file://{folder.name}/group", rank=0, world_size=1)
     wrapped = noesis.wrap(Net(), layers="linear")
     wrapped(x)
     yield "ranks are merged", right(wrapped.trace(group=dist.group.WORLD, timeout=20), 1)

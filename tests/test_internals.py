@@ -139,10 +139,13 @@ def test_compiled_forwards_that_are_recorded_are_not_complained_of() -> None:
     assert wrapped.trace().calls.tolist() == [[1, 1]] * 2
 
 
-def test_a_model_that_is_exported_alone_says_so() -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_model_that_is_exported_alone_says_so(strict: bool) -> None:
+    if strict and not hasattr(torch.compiler, "is_exporting"):
+        pytest.skip("before torch 2.7 a strict export calls the layers, but not the model itself")
     wrapped = noesis.wrap(small(), layers="linear")
-    torch.export.export(wrapped.model, (x,), strict=True)
-    with pytest.warns(noesis.NoesisWarning, match=r"left out \(\d traced by torch\.export\)"):
+    torch.export.export(wrapped.model, (x,), strict=strict)
+    with pytest.warns(noesis.NoesisWarning, match=r"left out \(\d traced by .*export\)"):
         assert len(wrapped.trace()) == 0
 
 

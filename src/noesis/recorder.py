@@ -23,7 +23,7 @@ from .coder import Channel, Coder
 from .errors import NoesisError, WrongState
 from .evidence import Evidence
 from .internals import LISTENERS, stays, undisturbed
-from .kernels import CONTROL, by_value, from_value, moments, rows, scratch, stepping
+from .kernels import CONTROL, as_array, by_value, from_value, moments, rows, scratch, stepping
 from .kernels.routing import RouteBank
 from .kernels.rows import FIELDS, SLOTS
 from .kernels.stepping import (
@@ -100,9 +100,8 @@ class Bank:
         return max(1, min(self.capacity, LARGEST_FOLD, FOLDED_ROWS // (room * layers)))
 
     def _view(self) -> None:
-        on_cpu = self.device.type == "cpu"
-        tensors = (self.slab, self.totals, self.steps, self.control)
-        self.arrays = tuple(tensor.numpy() for tensor in tensors) if on_cpu else None
+        found = [as_array(tensor) for tensor in (self.slab, self.totals, self.steps, self.control)]
+        self.arrays = None if any(array is None for array in found) else tuple(found)
 
     def __getstate__(self) -> dict[str, Any]:
         return by_value({**self.__dict__, "arrays": None})

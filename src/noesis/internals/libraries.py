@@ -97,4 +97,4 @@ def rendezvous() -> Any:
     """The store by which the processes of the default group found each other; None where it cannot be had."""
     ask = attribute(torch.distributed.distributed_c10d, "_get_default_store")
     store = ask() if callable(ask) else None
-    return store if isinstance(store, torch.distributed.Store) else None
+    return store if isinstance(store, torch.distributed.Store) else None  # type: ignore[attr-defined]

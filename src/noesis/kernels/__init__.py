@@ -90,13 +90,24 @@ def from_value(state: dict[str, Any]) -> dict[str, Any]:
     return {name: value.tensor() if isinstance(value, _Value) else value for name, value in state.items()}
 
 
+def as_array(tensor: torch.Tensor) -> Any:
+    """A tensor of the host as an array that shares its memory; None for others, such as fake ones."""
+    if tensor.device.type != "cpu":
+        return None
+    try:
+        return tensor.numpy()
+    except RuntimeError:  # Dynamo copies modules without their data, where its modes cannot be left
+        return None
+
+
 class _Value:
     """A copy of a tensor: on the host as an array, which torch does not share, and else as a tensor."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         with undisturbed(), torch.inference_mode(False):
             copy = tensor.clone()
-        self.copy = copy.numpy() if copy.device.type == "cpu" else copy
+        array = as_array(copy)
+        self.copy = copy if array is None else array
 
     def tensor(self) -> torch.Tensor:
         with undisturbed(), torch.inference_mode(False):
