@@ -35,7 +35,8 @@ def test_what_every_name_does_when_it_is_gone_or_another(kind: str) -> None:
     script = ROOT / "tests" / "internals_case.py"
     done = subprocess.run([sys.executable, script, kind], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    cases = [json.loads(line) for line in done.stdout.splitlines()]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]  # gloo prints too
+    cases = [json.loads(line) for line in lines]
     assert [tuple(case["taken"]) for case in cases] == [(), *names()]
     assert [case for case in cases if case["problems"]] == []
 
@@ -141,8 +142,8 @@ def test_compiled_forwards_that_are_recorded_are_not_complained_of() -> None:
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_model_that_is_exported_alone_says_so(strict: bool) -> None:
-    if strict and not hasattr(torch.compiler, "is_exporting"):
-        pytest.skip("before torch 2.7 a strict export calls the layers, but not the model itself")
+    if strict and torch.__version__ < (2, 10):  # a TorchVersion
+        pytest.skip("a strict export calls the layers there, but not the model itself")
     wrapped = noesis.wrap(small(), layers="linear")
     torch.export.export(wrapped.model, (x,), strict=strict)
     with pytest.warns(noesis.NoesisWarning, match=r"left out \(\d traced by .*export\)"):
