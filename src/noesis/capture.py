@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import files
 from ._version import __version__
 from .errors import BadFile, BadType, BadValue, TooLarge, WrongState
-from .internals import block_index, recomputing
+from .internals import recomputing, stream_index
 from .outputs import hidden_state
 from .selecting import Layers, select
 from .tables import counted, plain, table
@@ -241,7 +241,7 @@ def capture(model: Any, layers: Layers = "blocks", *, max_bytes: int = 1 << 30) 
     handles: list[Any] = []
     try:
         for name, module in chosen:
-            handles.append(module.register_forward_hook(recording.hook(name, block_index(module))))
+            handles.append(module.register_forward_hook(recording.hook(name, stream_index(module))))
         yield acts
     finally:
         recording.open = False

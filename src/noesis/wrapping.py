@@ -21,7 +21,7 @@ from .coder import Coder
 from .distributed import merge_over
 from .errors import BadType, BadValue, NoesisError, WrongState
 from .gradients import GradientRecorder
-from .internals import block_index, compiled, inside, rebind, undisturbed
+from .internals import compiled, inside, rebind, stream_index, undisturbed
 from .judging import Judging, check_codebook, logits_module
 from .observing import become_observed, restore, site_of
 from .recorder import Recorder
@@ -165,7 +165,7 @@ def _observe(
     for index, (name, module) in enumerate(chosen):
         _, site = sites.setdefault(id(module), (module, Site(recorder)))
         site.index, site.name, site.places = index, name, recorder.places[index]
-        site.pick, site.stream = output, block_index(module)
+        site.pick, site.stream = output, stream_index(module)
         site.gradients = gradients
         site.router = by_name.get(name)
         site.looks = True

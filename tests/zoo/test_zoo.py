@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import noesis
-from noesis.internals import block_index
+from noesis.internals import stream_index
 from noesis.outputs import batch_of, hidden_state
 
 from . import models
@@ -164,7 +164,7 @@ def test_every_layer_is_measured_or_named(entry: Entry) -> None:
     wrapped = noesis.wrap(model, layers="all")
     for name in wrapped.layers:
         module = hooked.get_submodule(name)
-        module.register_forward_hook(lambda module, args, output, name=name: count(name, block_index(module), output))
+        module.register_forward_hook(lambda module, args, output, name=name: count(name, stream_index(module), output))
     seeded(hooked, entry)
     seeded(wrapped, entry)
     trace = wrapped.trace()

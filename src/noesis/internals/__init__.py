@@ -8,7 +8,7 @@ What has to hold for a name is checked where it is looked up; `tests/test_intern
 from .autograd import node_count, node_number, picklable_hook, recomputing
 from .calls import CALL, CALL_IMPL, called_as_any
 from .compiling import LISTENERS, compiled, foreign, inside, rebind, stays, traced_for_export
-from .libraries import block_index, capture_declarations, device_kinds, register_block, rendezvous
+from .libraries import capture_declarations, device_kinds, register_block, rendezvous, stream_index
 from .modes import disturbed, undisturbed
 from .tensors import local_part, storageless, traced_by_fx, traced_by_jit
 
@@ -16,7 +16,6 @@ __all__ = [
     "CALL",
     "CALL_IMPL",
     "LISTENERS",
-    "block_index",
     "called_as_any",
     "capture_declarations",
     "compiled",
@@ -34,6 +33,7 @@ __all__ = [
     "rendezvous",
     "stays",
     "storageless",
+    "stream_index",
     "traced_by_fx",
     "traced_by_jit",
     "traced_for_export",

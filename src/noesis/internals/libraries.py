@@ -44,7 +44,7 @@ def _declared(cls: type) -> Any:
         return None
 
 
-def block_index(module: nn.Module) -> int | None:
+def stream_index(module: nn.Module) -> int | None:
     """Where diffusers' registry says a block's hidden states are among its outputs.
 
     The dual-stream blocks of SD3 and Flux return (text, image); the registry names the image stream.
