@@ -18,7 +18,7 @@ from models import Bench
 from peers import tensor_of
 from torch import Tensor, nn
 
-from noesis.selecting import select
+from noesis.layers.selecting import select
 
 
 class Outputs(nn.Module):

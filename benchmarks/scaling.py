@@ -24,9 +24,9 @@ from models import Bench, Size
 from timing import against, check_device, interleave, results_file, spread, write
 
 import noesis
-from noesis.distributed import PIECE, merge
+from noesis.distributed.traces import PIECE, merge
 from noesis.kernels.rows import FIELDS, combine
-from noesis.trace import ALWAYS, fields_of
+from noesis.results.trace import ALWAYS, fields_of
 
 LAYERS = (1, 4, 16, 64, 256, 1024)
 CAPACITY = 256  # steps; what wrap takes by default

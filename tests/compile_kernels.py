@@ -19,8 +19,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource
 
-from noesis.kernels import coding_triton, moments_triton, pooling_triton, stepping_triton
+from noesis.kernels.coding import _triton as coding_triton
 from noesis.kernels.launching import Kernel
+from noesis.kernels.moments import _triton as moments_triton
+from noesis.kernels.pooling import _triton as pooling_triton
+from noesis.kernels.stepping import _triton as stepping_triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {

@@ -242,7 +242,7 @@ def problems(taken: tuple[str, ...], place: Any) -> list[str]:
     """What goes wrong on a torch without these names."""
     finder = WithoutNames(taken, place)
     sys.meta_path.insert(0, finder)
-    from noesis import kernels
+    from noesis.kernels import dispatch as kernels
 
     kernels.by_numba = lambda name: None  # type: ignore[assignment]  # it would compile for seconds in each process
     import noesis

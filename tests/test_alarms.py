@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import noesis
-from noesis.alarms import PATIENCE, WARM_UP, Alarm, AlarmRaised, Alarms
 from noesis.errors import BadType, BadValue
+from noesis.wrapping.alarms import PATIENCE, WARM_UP, Alarm, AlarmRaised, Alarms
 
 
 def classifier() -> nn.Sequential:

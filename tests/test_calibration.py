@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from noesis.calibration import LEAST, Calibration, Doubt, Ranks, combine, p_values, split
-from noesis.codebook import Codebook
-from noesis.coder import Coder, Collected
 from noesis.errors import NoesisError
-from noesis.surprise import Surprise
+from noesis.results.surprise import Surprise
+from noesis.surprise.calibration import LEAST, Calibration, Doubt, Ranks, combine, p_values, split
+from noesis.surprise.codebook import Codebook
+from noesis.surprise.scorer import Coder, Collected
 
 
 def inputs(generator: np.random.Generator, count: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -40,7 +40,7 @@ def coder(**settings) -> Coder:
 
 
 def judged(made: Coder, layers: dict[str, np.ndarray], logits: np.ndarray) -> Surprise:
-    from noesis.coder import Kept
+    from noesis.surprise.scorer import Kept
 
     kept = {name: Kept(torch.from_numpy(values)) for name, values in layers.items()}
     return made.judge(kept, torch.from_numpy(logits))

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import noesis
-from noesis.capture import Activations, UnknownLayerError, capture
 from noesis.errors import BadFile, BadType, BadValue, MissingFile, TooLarge, WrongState
+from noesis.wrapping.capture import Activations, UnknownLayerError, capture
 
 
 def network() -> nn.Sequential:

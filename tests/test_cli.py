@@ -26,8 +26,9 @@ from language_models import build as build_language_model
 from pipelines import PROMPT, build
 
 import noesis
-from noesis import cli, loading
-from noesis.integrations import transformers as language_models
+from noesis.cli import command_line as cli
+from noesis.cli import models as loading
+from noesis.cli import prompts as language_models
 
 ROOT = Path(__file__).parents[1]
 ONCE = "Once upon a time, there was a little girl"
@@ -140,22 +141,6 @@ def test_help_is_instant_and_needs_no_torch() -> None:
         assert done.returncode == 0
         assert "noesis" in done.stdout
     assert min(times) < 0.5
-
-
-@pytest.mark.parametrize(
-    "first", ["", "import noesis.capture as m", "from noesis.tokens import token_deltas", "import noesis; noesis.Trace"]
-)
-@pytest.mark.slow
-def test_capture_is_the_function_whatever_was_imported_before(first: str) -> None:
-    done = fresh(
-        "-c",
-        f"{first}\nimport importlib, inspect, noesis\n"
-        "module = importlib.import_module('noesis.capture')\n"
-        "assert inspect.ismodule(module) and inspect.isfunction(noesis.capture), noesis.capture\n"
-        "from noesis import capture\n"
-        "assert noesis.capture is capture is module.capture",
-    )
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
@@ -483,7 +468,7 @@ def test_fail_over(run: Run, runs: Path) -> None:
 def test_fail_over_lets_no_nan_through(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = noesis.Soulprint([0.0], [1.0], ["conv"]).save(tmp_path / "a.json")
     # No pair of soulprints is known to give NaN; if one ever does, CI has to go red.
-    monkeypatch.setattr("noesis.commands.compare", lambda *_, **__: noesis.Comparison([], 1.0, float("nan")))
+    monkeypatch.setattr("noesis.cli.commands.compare", lambda *_, **__: noesis.Comparison([], 1.0, float("nan")))
     assert run("compare", path, path, "--fail-over", 1).code == 1
 
 
@@ -732,7 +717,7 @@ def test_interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("noesis.loading.load_run", interrupt)
+    monkeypatch.setattr("noesis.cli.models.load_run", interrupt)
     assert run("compare", "a", "b") == (130, "", "noesis: interrupted\n")
 
 
@@ -770,7 +755,7 @@ def test_a_library_that_prints_does_not_reach_stdout(run: Run, tmp_path: Path, m
         sys.stdout.write("by the way")
         return load(*args)
 
-    monkeypatch.setattr("noesis.loading.load_run", loud)
+    monkeypatch.setattr("noesis.cli.models.load_run", loud)
     done = run("compare", path, path, "--json")
     assert json.loads(done.out)["distance"] == 0
     assert "by the way" in done.err
@@ -898,7 +883,7 @@ def test_unexpected_errors_are_not_taken_for_a_difference(run: Run, monkeypatch:
     def burst(*_: object) -> None:
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr("noesis.loading.load_run", burst)
+    monkeypatch.setattr("noesis.cli.models.load_run", burst)
     done = run("compare", "a", "b")
     assert done.code == 2
     assert done.err == "noesis: error: RuntimeError: out of memory (NOESIS_TRACEBACK=1 shows where)\n"

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from noesis.codebook import Codebook, LayerCodebook, shrunk
-from noesis.kernels import by_numba, pooling
 from noesis.kernels.coding import Book, code_reference, directions
+from noesis.kernels.dispatch import by_numba
+from noesis.kernels.pooling import op as pooling
 from noesis.kernels.pooling import pooled
+from noesis.surprise.codebook import Codebook, LayerCodebook, shrunk
 
 PARTS = ("mixture", "residual", "norm", "distance")
 
@@ -329,7 +330,7 @@ def test_calls_of_one_forward_are_averaged_and_forwards_are_not(path):
 @pytest.mark.slow
 def test_the_triton_kernel_pools_alike(shape, channel, dtype, spread):
     pytest.importorskip("triton")
-    from noesis.kernels.pooling_triton import pool_triton
+    from noesis.kernels.pooling._triton import pool_triton
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     outputs = [(torch.randn(shape) + 100 * offset).to(device, dtype) for offset in (1, 3, 0)]
@@ -369,7 +370,7 @@ def test_the_registered_op_passes_torchs_own_checks():
 @pytest.mark.slow
 def test_the_triton_kernel_agrees(channels, count):
     pytest.importorskip("triton")
-    from noesis.kernels.coding_triton import code_triton
+    from noesis.kernels.coding._triton import code_triton
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     book = fitted(channels, count).to(device)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import noesis
-from noesis import significance
-from noesis.trace import ALWAYS
+from noesis.numerics import significance
+from noesis.results.trace import ALWAYS
 
 
 def soulprint(means, stds, layers=None) -> noesis.Soulprint:

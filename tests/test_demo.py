@@ -20,7 +20,8 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from noesis import Observed, Soulprint, Trace, compare, demo
+from noesis import Observed, Soulprint, Trace, compare
+from noesis.cli import demo
 from noesis.errors import BadValue, MissingExtra
 
 ROOT = Path(__file__).parents[1]

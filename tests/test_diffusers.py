@@ -26,7 +26,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import noesis
-from noesis.integrations.diffusers import DENOISER, guidance_branch
+from noesis.observing.pipelines import DENOISER, guidance_branch
 
 FIVE = ["sdxl", "sd15", "sd3", "flux", "pixart"]
 

@@ -18,11 +18,12 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 import noesis
-from noesis import Trace, distributed
-from noesis.distributed import merge
+from noesis import Trace
+from noesis.distributed import traces as distributed
+from noesis.distributed.traces import merge
 from noesis.files import load_tensors
 from noesis.kernels import rows
-from noesis.trace import ALWAYS, fields_of, stats_of
+from noesis.results.trace import ALWAYS, fields_of, stats_of
 
 SCRIPTS = Path(__file__).parent / "distributed"
 

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 import noesis
-from noesis.calibration import Calibration
-from noesis.drift import EXPONENTS, DriftMonitor, _cash
 from noesis.errors import BadType, BadValue, WrongState
+from noesis.surprise.calibration import Calibration
+from noesis.surprise.drift import EXPONENTS, DriftMonitor, _cash
 
 Floats = NDArray[np.float64]
 

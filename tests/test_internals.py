@@ -17,9 +17,10 @@ from internals_case import names
 from torch import Tensor, nn
 
 import noesis
-from noesis.evidence import Evidence
-from noesis.internals import compiling, cuda, libraries, lookup, stays
+from noesis.internals import compiling, cuda, libraries, lookup
+from noesis.internals.compiling import stays
 from noesis.kernels.launching import Kernel
+from noesis.observing.evidence import Evidence
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = {"torch", "triton", "numba", "transformers", "diffusers", "accelerate", "peft", "lightning"}
@@ -248,7 +249,7 @@ def test_streams_and_devices_by_either_way(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_what_triton_compiles_is_launched_by_itself() -> None:
-    from noesis.kernels import has_triton
+    from noesis.kernels.dispatch import has_triton
 
     assert has_triton(torch.device("cuda", 0))
     assert Kernel.direct

@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from loguru import logger
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from noesis import kernels
-from noesis.kernels import moments, moments_numpy, rows, stepping
+from noesis.kernels import dispatch as kernels
+from noesis.kernels import rows
+from noesis.kernels.moments import _numpy as moments_numpy
+from noesis.kernels.moments import op as moments
 from noesis.kernels.rows import CALLS, FIELDS, ORDER
+from noesis.kernels.stepping import op as stepping
 
 EXACT = [rows.COUNT, rows.NONFINITE, rows.ZEROS, rows.MIN, rows.MAX]
 
@@ -220,7 +223,7 @@ class State:
 
     @cached_property
     def scratch(self) -> torch.Tensor:
-        from noesis.kernels.moments_triton import scratch
+        from noesis.kernels.moments._triton import scratch
 
         return scratch(self.slab.device)
 
@@ -240,7 +243,7 @@ def play(state: State, path: str, samples: int = 0) -> None:
         elif path == "reference":
             moments.observe_reference(x, layer[index], samples, True, state.slab, state.control)
         else:
-            from noesis.kernels.moments_triton import observe_triton
+            from noesis.kernels.moments._triton import observe_triton
 
             observe_triton(x.to(device), layer[index], samples, True, state.slab, state.control, state.scratch)
 
@@ -252,13 +255,13 @@ def play(state: State, path: str, samples: int = 0) -> None:
         elif path == "reference":
             stepping.begin_reference(timestep, *step, *state.all())
         else:
-            from noesis.kernels.stepping_triton import begin_triton
+            from noesis.kernels.stepping._triton import begin_triton
 
             begin_triton(timestep, *step, *state.all(), state.scratch)
 
     def end() -> None:
         if path == "triton":
-            from noesis.kernels.stepping_triton import end_triton
+            from noesis.kernels.stepping._triton import end_triton
 
             end_triton(state.control, len(state.steps))
         else:

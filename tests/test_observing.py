@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import noesis
-from noesis import observing
+from noesis.observing import observed as observing
 
 
 class Block(nn.Module):

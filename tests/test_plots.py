@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 import noesis
-from noesis import plots
 from noesis.errors import BadValue, MissingExtra
+from noesis.plots import figures as plots
 
 #: What formulas, formats, legends and fonts are made to trip over.
 AWKWARD = ["$x_1$", "_head", "100%s {} \\frac{1}{0}", "a\nb\tc", "ä.漢字.☃", "$", ""]

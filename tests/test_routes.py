@@ -23,8 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 import noesis
 from noesis import NoesisError, Routes
-from noesis.kernels import routing, stepping
+from noesis.kernels import routing
 from noesis.kernels.routing import RouteBank
+from noesis.kernels.stepping import op as stepping
 
 STATISTICS = ("tokens", "expert_load", "entropy", "cv", "idle", "switching")
 
@@ -640,7 +641,7 @@ def test_routers_that_choose_in_groups_or_keep_logits_elsewhere():
 
 
 def test_probabilities_are_taken_as_such():
-    from noesis.routes import Router
+    from noesis.results.routes import Router
 
     p = torch.tensor([[0.5, 0.25, 0.25, 0.0]])
     logits, _ = Router("router", 0, experts=4, top_k=2, place=0, probabilities=True).read((p,))

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import noesis
 from noesis.errors import BadFile, BadType, BadValue, WrongState
-from noesis.integrations.loggers import writer
-from noesis.scalars import STATS, scalars
+from noesis.files import writer
+from noesis.results.scalars import STATS, scalars
 
 AGGREGATES = {
     "noesis/layers/ran",

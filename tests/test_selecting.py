@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import noesis
-from noesis.selecting import PRESETS, select
+from noesis.layers.selecting import PRESETS, select
 
 
 def names(model: nn.Module, layers) -> list[str]:
@@ -110,7 +110,7 @@ def test_no_match_raises_and_suggests(layers, message):
 
 
 def test_every_preset_is_in_the_documentation():
-    from noesis import selecting
+    from noesis.layers import selecting
 
     assert all(f'"{name}"' in selecting.__doc__ for name in PRESETS)
     assert all(f'"{name}"' in noesis.wrap.__doc__ for name in PRESETS)

@@ -31,10 +31,9 @@ import torch
 from torch import nn
 
 import noesis
-from noesis.bounded import LEAST_BOUND
-from noesis.integrations.loggers import writer
-from noesis.routes import FIELDS
-from noesis.trace import ALWAYS
+from noesis.files import LEAST_BOUND, writer
+from noesis.kernels.routing import FIELDS
+from noesis.results.trace import ALWAYS
 
 #: Cases over all formats.
 CASES = int(os.environ.get("NOESIS_FUZZ_CASES", "10000"))
@@ -374,7 +373,7 @@ def test_numbers_of_v01_that_have_no_variance_in_float64(trace: noesis.Trace, tm
 
 
 def test_a_small_gzip_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("noesis.bounded.LARGEST_JSON", 1 << 16)
+    monkeypatch.setattr("noesis.files.bounded_json.LARGEST_JSON", 1 << 16)
     path = tmp_path / "t.json.gz"
     path.write_bytes(gzip.compress(b'{"a": "' + b"a" * (1 << 24) + b'"}'))
     for reader in (noesis.Trace, noesis.Soulprint):
@@ -389,8 +388,8 @@ MEASURED = """
     import os, sys
     import numpy as np
     import noesis
-    import noesis.bounded
-    from noesis.capture import Activations
+    import noesis.files.bounded_json
+    from noesis.wrapping.capture import Activations
 
     def kilobytes(name):
         with open("/proc/self/status") as status:
@@ -398,7 +397,7 @@ MEASURED = """
 
     readers = [noesis.Trace, noesis.Soulprint, noesis.Routes, noesis.Comparison, noesis.TokenDeltas, Activations]
     readers = {reader.__name__: reader for reader in readers}
-    noesis.bounded.LEAST_BOUND = int(sys.argv[1])
+    noesis.files.bounded_json.LEAST_BOUND = int(sys.argv[1])
     for each in sys.argv[2:]:
         kind, path = each.split("=", 1)
         child = os.fork()

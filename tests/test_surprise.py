@@ -515,7 +515,7 @@ def test_layers_that_run_now_and_then_are_left_out_by_name(net: Net) -> None:
 
 
 def test_of_many_samples_a_random_choice_is_kept(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("noesis.collecting.MOST_SAMPLES", 150)
+    monkeypatch.setattr("noesis.wrapping.calibration_loop.MOST_SAMPLES", 150)
     wrapped = noesis.wrap(net, layers=LAYERS, codebook=noesis.Codebook())
     assert sum(wrapped.calibrate(list(normal(1000).split(64)), progress=False).samples) == 150
 

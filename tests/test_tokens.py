@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import noesis
-from noesis.alignment import align
-from noesis.capture import Activations, capture
 from noesis.errors import BadFile, BadType, BadValue, MissingFile
-from noesis.tokens import NOISE, TokenDeltas, cosine_delta, token_deltas
+from noesis.numerics.alignment import align
+from noesis.results.token_deltas import NOISE, TokenDeltas, cosine_delta, token_deltas
+from noesis.wrapping.capture import Activations, capture
 
 BEFORE = "Once upon a time, there was a little girl named Lily. She loved the big dog."
 CHANGED = "Once upon a time, there was a little boy named Lily. She loved the big dog."

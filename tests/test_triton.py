@@ -21,14 +21,16 @@ from test_kernels import State, check, play
 from torch import nn
 
 import noesis
-from noesis import kernels
-from noesis.kernels import moments, rows, stepping
+from noesis.kernels import dispatch as kernels
+from noesis.kernels import rows
+from noesis.kernels.moments import op as moments
 from noesis.kernels.rows import CALLS, FIELDS, ORDER
+from noesis.kernels.stepping import op as stepping
 
 pytest.importorskip("triton")
 
-from noesis.kernels import moments_triton
 from noesis.kernels.launching import LANES
+from noesis.kernels.moments import _triton as moments_triton
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 pytestmark = [

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from noesis import v01
 from noesis.errors import BadFile, BadValue, MissingFile, NoesisError
-from noesis.v01 import Print, Run
+from noesis.files import v01
+from noesis.files.v01 import Print, Run
 
 REAL = [("run_a", "1795207852"), ("run_b", "1795207854")]
 STATS = ("mean", "std", "abs_mean", "min", "max")

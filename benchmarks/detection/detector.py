@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import noesis
-from noesis.calibration import Doubt, Ranks, combine, split
+from noesis.surprise.calibration import Doubt, Ranks, combine, split
 
 from .sets import Case
 
@@ -36,7 +36,7 @@ class Judged:
 
     scores: dict[str, Floats]
     p_values: dict[str, Floats]
-    calibration: noesis.calibration.Calibration
+    calibration: noesis.Calibration
 
 
 @contextmanager

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import noesis
-from noesis.calibration import Doubt, Ranks, combine, split
-from noesis.codebook import LayerCodebook
-from noesis.coder import less
 from noesis.kernels.pooling import pooled
-from noesis.outputs import hidden_state
+from noesis.layers.outputs import hidden_state
+from noesis.surprise.calibration import Doubt, Ranks, combine, split
+from noesis.surprise.codebook import LayerCodebook
+from noesis.surprise.scorer import less
 
 from .detector import batches
 from .sets import Case

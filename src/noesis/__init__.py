@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from loguru import logger as _logger
@@ -12,21 +10,21 @@ from loguru import logger as _logger
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .alarms import Alarm, Alarms
-    from .calibration import Calibration
-    from .capture import Activations, capture
-    from .codebook import Codebook
-    from .comparison import Comparison, Divergence, compare
-    from .drift import DriftMonitor
     from .errors import NoesisError, NoesisWarning
-    from .observing import Observed
-    from .routes import Routes
-    from .run_state import RunState
-    from .soulprint import Soulprint
-    from .surprise import Surprise
-    from .tokens import TokenDeltas, token_deltas
-    from .trace import Trace
-    from .wrapping import Wrapped, wrap
+    from .observing.observed import Observed
+    from .results.comparison import Comparison, Divergence, compare
+    from .results.routes import Routes
+    from .results.soulprint import Soulprint
+    from .results.surprise import Surprise
+    from .results.token_deltas import TokenDeltas, token_deltas
+    from .results.trace import Trace
+    from .surprise.calibration import Calibration
+    from .surprise.codebook import Codebook
+    from .surprise.drift import DriftMonitor
+    from .wrapping.alarms import Alarm, Alarms
+    from .wrapping.capture import Activations, capture
+    from .wrapping.run_state import RunState
+    from .wrapping.wrap import Wrapped, wrap
 
 _logger.disable("noesis")  # a library is quiet; `logger.enable("noesis")` lets it speak
 
@@ -58,28 +56,28 @@ __all__ = [
 
 # Where each name lives. It is imported at first use, so that `noesis --help` does not wait for torch.
 _HOMES = {
-    "Activations": "capture",
-    "Alarm": "alarms",
-    "Alarms": "alarms",
-    "Calibration": "calibration",
-    "Codebook": "codebook",
-    "Comparison": "comparison",
-    "Divergence": "comparison",
-    "DriftMonitor": "drift",
+    "Activations": "wrapping.capture",
+    "Alarm": "wrapping.alarms",
+    "Alarms": "wrapping.alarms",
+    "Calibration": "surprise.calibration",
+    "Codebook": "surprise.codebook",
+    "Comparison": "results.comparison",
+    "Divergence": "results.comparison",
+    "DriftMonitor": "surprise.drift",
     "NoesisError": "errors",
     "NoesisWarning": "errors",
-    "Observed": "observing",
-    "Routes": "routes",
-    "RunState": "run_state",
-    "Soulprint": "soulprint",
-    "Surprise": "surprise",
-    "TokenDeltas": "tokens",
-    "Trace": "trace",
-    "Wrapped": "wrapping",
-    "capture": "capture",
-    "compare": "comparison",
-    "token_deltas": "tokens",
-    "wrap": "wrapping",
+    "Observed": "observing.observed",
+    "Routes": "results.routes",
+    "RunState": "wrapping.run_state",
+    "Soulprint": "results.soulprint",
+    "Surprise": "results.surprise",
+    "TokenDeltas": "results.token_deltas",
+    "Trace": "results.trace",
+    "Wrapped": "wrapping.wrap",
+    "capture": "wrapping.capture",
+    "compare": "results.comparison",
+    "token_deltas": "results.token_deltas",
+    "wrap": "wrapping.wrap",
 }
 
 
@@ -93,18 +91,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """This package: a public name is never shadowed by the submodule of the same name.
-
-    Python sets each imported submodule as an attribute of its package; `noesis.capture` is to be
-    the function, whether or not `noesis/capture.py` was imported before.
-    """
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import noesis
-from noesis import collecting
+from noesis.wrapping import calibration_loop as collecting
 
 
 def small() -> nn.Sequential:

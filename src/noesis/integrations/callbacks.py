@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
-from ..alarms import Alarms
 from ..errors import BadType, BadValue
-from ..scalars import STATS
-from ..wrapping import Wrapped
-from .loggers import writer
+from ..files import writer
+from ..results.scalars import STATS
+from ..wrapping.alarms import Alarms
+from ..wrapping.wrap import Wrapped
 
 
 class Callback:

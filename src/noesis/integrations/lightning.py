@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..run_state import RunState
+from ..wrapping.run_state import RunState
 from .callbacks import Callback
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..codebook import Codebook
-from ..coder import Coder, Collected, Kept
-from ..collecting import evaluating
 from ..errors import BadType, BadValue, WrongState
-from ..selecting import Layers
-from ..wrapping import Wrapped, wrap
+from ..layers.selecting import Layers
+from ..surprise.codebook import Codebook
+from ..surprise.scorer import Coder, Collected, Kept
+from ..wrapping.calibration_loop import evaluating
+from ..wrapping.wrap import Wrapped, wrap
 
 #: What the single layer of given features is called.
 FEATURES = "features"

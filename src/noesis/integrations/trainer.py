@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NoesisWarning
-from ..run_state import RunState
+from ..wrapping.run_state import RunState
 from .callbacks import Callback
 
 

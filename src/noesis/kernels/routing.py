@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..internals import stays
-from . import by_value, from_value, register
+from ..internals.compiling import stays
+from .dispatch import by_value, from_value, register
 from .stepping import ACTIVE, ENABLED, EVERY, FORWARDS, OBSERVED, SLOT
 
 #: What is summed beside the tokens of each expert: tokens, those whose logits have an entropy, their

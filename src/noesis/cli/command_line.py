@@ -1,0 +1,280 @@
+"""The command line: reads arguments, has the command run, prints.
+
+Results go to stdout and nothing else does; progress, notes and errors go to stderr. The exit code
+is 0, 1 (`compare --fail-over`, past the bound), 2 (an error, told in one line) or 130 (interrupted).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .._version import __version__
+from ..errors import NoesisError
+from ..text import escaped
+
+ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+#: Seeds that torch takes.
+LARGEST_SEED = (1 << 64) - 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code.
+
+    Args:
+        argv: the arguments without the program's name; by default the process's own.
+    """
+    try:
+        code = _run(_parser().parse_args(argv))
+        sys.stdout.flush()  # here, where a reader who has gone is expected
+        return code
+    except SystemExit as done:  # argparse, which has said why
+        return done.code if isinstance(done.code, int) else 0
+    except KeyboardInterrupt:
+        _note("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read has gone. What Python still flushes on its way out goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except (NoesisError, OSError) as error:
+        _note(f"error: {' '.join(str(error).split())}")
+        return ERROR
+    except Exception as error:  # not 1, which says that runs differ
+        if os.environ.get("NOESIS_TRACEBACK"):
+            raise
+        _note(f"error: {type(error).__name__}: {' '.join(str(error).split())} (NOESIS_TRACEBACK=1 shows where)")
+        return ERROR
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run the command and print its answer; torch is imported here, which --help has no need of."""
+    if args.command == "demo":
+        from .demo import run
+
+        run(Path(args.out))  # tells its story itself
+        return 0
+    # A library that prints would spoil what is piped on: stdout is for the answer alone.
+    with contextlib.redirect_stdout(sys.stderr):
+        from .commands import COMMANDS
+
+        answer = COMMANDS[args.command](args, _note)
+        text = answer.json() if args.json is True else answer.text()
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    return answer.code
+
+
+def _note(text: str) -> None:
+    print(f"noesis: {escaped(text)}", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and where the help is."""
+        self.exit(ERROR, f"noesis: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="noesis",
+        description="See what happens inside a PyTorch model while it runs.",
+        epilog="Results go to stdout, notes to stderr. Exit codes: 0; 1 past --fail-over; 2 on errors.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"noesis {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_demo, _trace, _summarize, _compare, _tokens, _routes, _layers):
+        add(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, about: str, *aliases: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=about, description=about, aliases=aliases, allow_abbrev=False
+    )
+    parser.set_defaults(command=name, json=False)
+    return parser
+
+
+def _demo(commands: Any) -> None:
+    parser = _command(commands, "demo", "Train a small network, break one layer, and find it again.")
+    parser.add_argument("--out", default="noesis-demo", metavar="DIR", help="where to write (default: %(default)s)")
+
+
+def _trace(commands: Any) -> None:
+    about = "Run a diffusers pipeline or a causal language model, and record it."
+    parser = _command(commands, "trace", about, "trace-llm")
+    _add_model(parser)
+    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    _add_seed(parser)
+    _add_layers(parser)
+    parser.add_argument("--per-sample", action="store_true", help="keep the elements of the batch apart too")
+    parser.add_argument("--out", default="noesis-out", metavar="DIR", help="where to write (default: %(default)s)")
+    parser.add_argument(
+        "--format", choices=("safetensors", "json"), default="safetensors", help="json: the files of noesis v0.1"
+    )
+    parser.add_argument("--single-file", action="store_true", help="json: all steps in one file")
+    parser.add_argument("--no-gzip", action="store_true", help="json: do not compress")
+    _add_json(parser)
+    diffusion = parser.add_argument_group("diffusers pipelines (what is left out is the pipeline's default)")
+    diffusion.add_argument("--negative-prompt", metavar="TEXT")
+    diffusion.add_argument("--steps", type=_positive, metavar="N")
+    diffusion.add_argument("--guidance", type=float, metavar="SCALE")
+    diffusion.add_argument("--height", type=_positive, metavar="PIXELS")
+    diffusion.add_argument("--width", type=_positive, metavar="PIXELS")
+    diffusion.add_argument(
+        "--image", nargs="?", const="", metavar="FILE", help="write the image too (default: image.png in DIR)"
+    )
+    _add_generation(parser.add_argument_group("language models"))
+
+
+def _summarize(commands: Any) -> None:
+    parser = _command(commands, "summarize", "The soulprint of a trace.", "unet-summarize")
+    parser.add_argument("trace", metavar="TRACE", help="a trace, or a folder of one")
+    parser.add_argument("--out", metavar="FILE", help="write it to .safetensors, .json or .json.gz")
+    parser.add_argument("--run", metavar="ID", help="which run, where a folder holds several")
+    parser.add_argument("--step", type=_from_zero, metavar="N", help="the soulprint of this step alone")
+    _add_json(parser)
+
+
+def _compare(commands: Any) -> None:
+    about = "Where two runs differ, how much, and with a baseline, how surely."
+    parser = _command(commands, "compare", about, "compare-unet-soulprints", "soulprint-compare")
+    parser.add_argument("a", metavar="A", help="a trace, a soulprint, or a folder of one")
+    parser.add_argument("b", metavar="B", nargs="+", help="likewise; with --baseline also several, judged together")
+    for name in "ab":
+        parser.add_argument(f"--run-{name}", metavar="ID", help=f"which run, where {name.upper()} holds several")
+    parser.add_argument("--baseline", metavar="DIR", help="runs that count as equal; B is held against their spread")
+    parser.add_argument(
+        "--alpha", type=float, default=0.05, metavar="RATE", help="false discovery rate (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        metavar="STDS",
+        help="differences up to this many standard deviations are no divergence (default: %(default)s)",
+    )
+    parser.add_argument("--top", type=_positive, default=25, metavar="N", help="rows to show (default: %(default)s)")
+    parser.add_argument("--csv", metavar="FILE", help="write all rows")
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        type=_printed_or_file,
+        metavar="FILE",
+        help="write everything to FILE, or print it (put it last, or give it as --json=-)",
+    )
+    parser.add_argument("--plot", metavar="FILE", help="draw the most changed layers")
+    parser.add_argument(
+        "--fail-over", type=_distance, metavar="DISTANCE", help="exit with 1 when the distance is larger; for CI"
+    )
+
+
+def _tokens(commands: Any) -> None:
+    parser = _command(commands, "tokens", "How far two prompts are apart, token by token and layer by layer.")
+    _add_model(parser)
+    parser.add_argument("--a", required=True, metavar="PROMPT")
+    parser.add_argument("--b", required=True, metavar="PROMPT")
+    _add_layers(parser)
+    parser.add_argument("--threshold", type=float, metavar="DELTA", help="from where on a token is divergent")
+    parser.add_argument("--plot", metavar="FILE", help="draw the heat map")
+    _add_json(parser)
+
+
+def _routes(commands: Any) -> None:
+    parser = _command(commands, "routes", "Which experts the tokens of a prompt are sent to.", "trace-moe")
+    _add_model(parser)
+    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    _add_seed(parser)
+    _add_generation(parser)
+    parser.add_argument("--out", metavar="FILE", help="write everything to a file")
+    parser.add_argument("--plot", metavar="FILE", help="draw the load of the experts")
+    _add_json(parser)
+
+
+def _layers(commands: Any) -> None:
+    parser = _command(commands, "layers", "What a selector matches in a model.")
+    parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="a folder of save_pretrained, or an id")
+    _add_layers(parser)
+    _add_json(parser)
+
+
+def _add_model(parser: Any) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="a folder of save_pretrained, or an id")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps, ...")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
+
+
+def _add_seed(parser: Any) -> None:
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of noise and drawn tokens (default: 0)")
+
+
+def _add_generation(parser: Any) -> None:
+    parser.add_argument("--max-new-tokens", type=_from_zero, metavar="N", help="tokens to add (default: 32)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="draw tokens; by default the likeliest is taken")
+
+
+def _add_layers(parser: Any) -> None:
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        default="blocks",
+        metavar="SELECTOR",
+        help="blocks (default), all, linear, attention, a name, a glob, 're:...'; several are joined",
+    )
+
+
+def _add_json(parser: Any) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+# ---------------------------------------------------------------- values
+
+
+def _whole(text: str, least: int, most: int) -> int:
+    if not (text.isdecimal() and len(text) <= len(str(most)) and least <= int(text) <= most):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    return _whole(text, 1, 1 << 20)
+
+
+def _from_zero(text: str) -> int:
+    return _whole(text, 0, 1 << 20)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0, LARGEST_SEED)
+
+
+def _distance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0")
+    return value
+
+
+def _printed_or_file(text: str) -> bool | Path:
+    """True for "-", which stands for stdout; else the file."""
+    if text == "-":
+        return True
+    if not text.endswith((".json", ".json.gz")):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .json or .json.gz; to print, put --json last")
+    return Path(text)

@@ -1,0 +1,290 @@
+"""What the commands of the command line do: from parsed arguments to an answer."""
+
+from __future__ import annotations
+
+import inspect
+import io
+from argparse import Namespace
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import files
+from ..errors import BadValue, WrongState, require
+from ..layers.selecting import select
+from ..results.comparison import compare
+from ..results.token_deltas import token_deltas
+from ..results.trace import Trace
+from ..text import table
+from ..wrapping.capture import capture
+from ..wrapping.wrap import wrap
+from . import models as loading
+
+#: Exit code of a comparison past the bound of --fail-over.
+FAILED = 1
+
+
+class Answer(NamedTuple):
+    """What a command has to say.
+
+    Attributes:
+        text: makes the result for people.
+        json: makes it for machines.
+        code: the exit code.
+    """
+
+    text: Callable[[], str]
+    json: Callable[[], str]
+    code: int = 0
+
+
+#: Tells what else happens, such as files that are written.
+Note = Callable[[str], None]
+
+
+# ---------------------------------------------------------------- running models
+
+
+def _trace(args: Namespace, note: Note) -> Answer:
+    out = Path(args.out)
+    _check_format(args, out)
+    args.device = loading.device_of(args.device)  # first of all, since it costs nothing
+    pipeline = loading.kind_of(args.model) == "pipeline"
+    if not pipeline:
+        trace, ending = _trace_language_model(args)
+        _write(trace, out, args, note)
+        return Answer(lambda: f"{trace!r}\n{ending}", trace.to_json)
+    image = None if args.image is None else _image_file(args.image or str(out / "image.png"))
+    trace, output = _trace_pipeline(args)
+    _write(trace, out, args, note)
+    if image is not None:
+        note(f"wrote {_save_image(output, *image)}")
+    return Answer(lambda: repr(trace), trace.to_json)
+
+
+def _trace_pipeline(args: Namespace) -> tuple[Trace, Any]:
+    """The trace of one call of a pipeline, and what the pipeline returned."""
+    _refuse(args, "a language model", "max_new_tokens", "temperature")
+    pipe = loading.load_pipeline(args.model, args.device, args.dtype)
+    parameters = inspect.signature(pipe.__call__).parameters
+    given = {
+        "prompt": ("--prompt", args.prompt),
+        "negative_prompt": ("--negative-prompt", args.negative_prompt),
+        "num_inference_steps": ("--steps", args.steps),
+        "guidance_scale": ("--guidance", args.guidance),
+        "height": ("--height", args.height),
+        "width": ("--width", args.width),
+    }
+    options: dict[str, Any] = {}
+    for name, (flag, value) in given.items():
+        if value is not None and name not in parameters:
+            raise BadValue(
+                f"{flag} is given, and {type(pipe).__name__} takes no {name}", "options it takes", f"Leave out {flag}"
+            )
+        if value is not None:
+            options[name] = value
+    if args.image is None and "output_type" in parameters:
+        options["output_type"] = "latent"  # nobody looks at the image, so nobody decodes it
+    # On the CPU, so that a seed means the same noise on every device.
+    options["generator"] = torch.Generator("cpu").manual_seed(args.seed)
+    # A step is up to two forwards in a second-order scheduler, and twice that with guidance in two calls.
+    wrapped = wrap(pipe, layers=_selector(args), per_sample=args.per_sample, capacity=max(256, 4 * (args.steps or 0)))
+    try:
+        output = pipe(**options)
+    except ValueError as error:  # sizes it cannot make, for example
+        why = str(error).rstrip(".")
+        raise BadValue(
+            f"{type(pipe).__name__} cannot run with these options ({why})", "options it can run with", "Change them"
+        ) from error
+    return wrapped.trace(), output
+
+
+def _trace_language_model(args: Namespace) -> tuple[Trace, str]:
+    """The trace of going on with a prompt, and a line that says how it went on."""
+    from .prompts import generate
+
+    _refuse(args, "a diffusion pipeline", "negative_prompt", "steps", "guidance", "height", "width", "image")
+    model, tokenizer = loading.load_language_model(args.model, args.device, args.dtype)
+    options = _generation(args)
+    capacity = max(256, 1 + options["max_new_tokens"])
+    wrapped = wrap(model, layers=_selector(args), per_sample=args.per_sample, capacity=capacity)
+    with wrapped.run(prompt=args.prompt, transformers_version=version("transformers"), **options):
+        generated = generate(wrapped, tokenizer, args.prompt, **options)
+    trace = wrapped.trace()
+    trace.meta["generated"] = generated
+    return trace, f"generated: {generated!r}"
+
+
+def _tokens(args: Namespace, note: Note) -> Answer:
+    from .prompts import forward
+
+    model, tokenizer = _language_model(args)
+    with capture(model, _selector(args)) as acts_a:
+        tokens_a = forward(model, tokenizer, args.a)
+    with capture(model, _selector(args)) as acts_b:
+        tokens_b = forward(model, tokenizer, args.b)
+    deltas = token_deltas(acts_a, acts_b, tokens_a, tokens_b, threshold=args.threshold)
+    _draw(deltas, args.plot, note)
+    return Answer(lambda: repr(deltas), deltas.to_json)
+
+
+def _routes(args: Namespace, note: Note) -> Answer:
+    from .prompts import generate
+
+    model, tokenizer = _language_model(args)
+    options = _generation(args)
+    wrapped = wrap(model, layers="routers", capacity=max(256, 1 + options["max_new_tokens"]))
+    with wrapped.run(prompt=args.prompt, **options):
+        generate(wrapped, tokenizer, args.prompt, **options)
+    routes = wrapped.routes()
+    if args.out is not None:
+        routes.save(args.out)
+        note(f"wrote {args.out}")
+    _draw(routes, args.plot, note)
+    return Answer(lambda: repr(routes), routes.to_json)
+
+
+def _layers(args: Namespace, _: Note) -> Answer:
+    found = [
+        (name, type(module).__name__, sum(parameter.numel() for parameter in module.parameters()))
+        for name, module in select(loading.without_weights(args.model), _selector(args))
+    ]
+
+    def text() -> str:
+        lines = [[name, kind, f"{parameters:,}"] for name, kind, parameters in found]
+        return f"{len(found)} layers\n{table(['layer', 'class', 'parameters'], lines, most=len(lines))}"
+
+    def json() -> str:
+        rows = [dict(zip(("layer", "class", "parameters"), row, strict=True)) for row in found]
+        return files.dump_json({"model": args.model, "selector": _selector(args), "layers": rows})
+
+    return Answer(text, json)
+
+
+# ---------------------------------------------------------------- saved runs
+
+
+def _summarize(args: Namespace, note: Note) -> Answer:
+    soulprint = Trace.load(args.trace, args.run).soulprint(args.step)
+    if args.out is not None:
+        note(f"wrote {soulprint.save(args.out)}")
+    return Answer(lambda: repr(soulprint), soulprint.to_json)
+
+
+def _compare(args: Namespace, note: Note) -> Answer:
+    a, b = loading.load_run(args.a, args.run_a), [loading.load_run(path, args.run_b) for path in args.b]
+    baseline = None if args.baseline is None else loading.load_runs(args.baseline)
+    if baseline is not None:
+        note(f"the baseline has {len(baseline)} runs")
+    result = compare(a, b, baseline=baseline, tolerance=args.tolerance, alpha=args.alpha)
+    if args.csv is not None:
+        note(f"wrote {files.write_bytes(args.csv, result.to_csv().encode())}")
+    if isinstance(args.json, Path):
+        note(f"wrote {result.save(args.json)}")
+    if args.plot is not None:
+        result.plot(args.top, args.plot)
+        note(f"wrote {args.plot}")
+    # Not `distance > bound`: a distance that is NaN has to fail too.
+    failed = args.fail_over is not None and not result.distance <= args.fail_over
+    if failed:
+        note(f"the distance {result.distance:.4g} is over {args.fail_over:g}")
+    return Answer(lambda: result.summary(args.top), result.to_json, FAILED if failed else 0)
+
+
+# ---------------------------------------------------------------- what commands share
+
+
+def _language_model(args: Namespace) -> tuple[Any, Any]:
+    if args.plot is not None:
+        require("matplotlib", extra="viz", purpose="--plot")  # before the model runs, not after
+    args.device = loading.device_of(args.device)
+    if loading.kind_of(args.model) != "language model":
+        raise BadValue(f"{args.model} is a diffusion pipeline", "a language model", "noesis trace runs pipelines")
+    return loading.load_language_model(args.model, args.device, args.dtype)
+
+
+def _selector(args: Namespace) -> str | list[str]:
+    """One selector by itself, since it is what `meta` shows."""
+    layers: str | list[str] = args.layers
+    return layers[0] if isinstance(layers, list) and len(layers) == 1 else layers
+
+
+def _generation(args: Namespace) -> dict[str, Any]:
+    return {
+        "max_new_tokens": 32 if args.max_new_tokens is None else args.max_new_tokens,
+        "temperature": 0.0 if args.temperature is None else args.temperature,
+        "seed": args.seed,
+    }
+
+
+def _refuse(args: Namespace, owner: str, *names: str) -> None:
+    """Options that this kind of model would pass over are errors."""
+    for name in names:
+        if getattr(args, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise BadValue(
+                f"{flag} is an option for {owner}, and {args.model} is none", "options that fit", f"Leave out {flag}"
+            )
+
+
+def _draw(result: Any, path: str | None, note: Note) -> None:
+    if path is not None:
+        result.plot(path=path)
+        note(f"wrote {path}")
+
+
+def _check_format(args: Namespace, out: Path) -> None:
+    if args.format == "json":
+        stale = [name for name in ("trace.safetensors", "soulprint.safetensors") if (out / name).exists()]
+        if stale:  # whoever reads the folder would take these for the run
+            raise WrongState(f"{out} holds {stale[0]} of another run", "a folder of its own for JSON", "Change --out")
+    elif args.single_file or args.no_gzip:
+        flag = "--single-file" if args.single_file else "--no-gzip"
+        raise BadValue(f"{flag} with --format safetensors", "--format json", f"Add --format json, or leave out {flag}")
+
+
+def _write(trace: Trace, out: Path, args: Namespace, note: Note) -> None:
+    """The trace, its soulprint, and with `--per-sample` the soulprint of each sample."""
+    prints = {"soulprint": trace.soulprint()}
+    prints |= {f"soulprint_sample{index}": sample.soulprint() for index, sample in enumerate(trace.samples)}
+    if args.format == "json":
+        paths = trace.save_v01(out, single_file=args.single_file, compress=not args.no_gzip)
+        paths += [each.save_v01(out / f"{name}.json") for name, each in prints.items()]
+    else:
+        paths = [trace.save(out / "trace.safetensors")]
+        paths += [each.save(out / f"{name}.safetensors") for name, each in prints.items()]
+    for path in paths:
+        note(f"wrote {path}")
+
+
+def _image_file(name: str) -> tuple[Path, str]:
+    """The path of an image, and what Pillow calls its format."""
+    formats = require("PIL.Image", extra="diffusers", purpose="--image").registered_extensions()
+    path = Path(name)
+    if path.suffix.lower() not in formats:
+        raise BadValue(
+            f"--image {name} has the suffix {path.suffix!r}", ".png, .jpg or another of Pillow's", "Rename it"
+        )
+    return path, formats[path.suffix.lower()]
+
+
+def _save_image(output: Any, path: Path, form: str) -> Path:
+    images = getattr(output, "images", None)
+    if not images:
+        raise BadValue(f"the pipeline returned {type(output).__name__}, without images", "images", "Leave out --image")
+    data = io.BytesIO()
+    images[0].save(data, format=form)
+    return files.write_bytes(path, data.getvalue())
+
+
+COMMANDS: dict[str, Callable[[Namespace, Note], Answer]] = {
+    "trace": _trace,
+    "summarize": _summarize,
+    "compare": _compare,
+    "tokens": _tokens,
+    "routes": _routes,
+    "layers": _layers,
+}

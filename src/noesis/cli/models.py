@@ -1,0 +1,362 @@
+"""From a path or an id to the thing: models to run, and runs that were saved.
+
+A folder is read where it lies and never asks the network; only an id of the hub does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .. import files
+from ..errors import BadFile, BadValue, MissingFile, NoesisError, require
+from ..files import NoArrayError, v01
+from ..results.soulprint import Soulprint
+from ..results.trace import Trace
+
+Kind = Literal["pipeline", "language model"]
+
+#: Names of a folder that stand for the folder's one run.
+TRACES = ("trace.safetensors", "trace.json", "trace.json.gz")
+SOULPRINTS = ("soulprint.safetensors", "soulprint.json", "soulprint.json.gz")
+DTYPES = ("float32", "float16", "bfloat16")
+_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?")
+
+
+# ---------------------------------------------------------------- models
+
+
+def kind_of(model: str) -> Kind:
+    """Whether a folder or an id holds a diffusers pipeline or a language model, told by its files.
+
+    Raises:
+        NoesisError: when it is neither, or cannot be found.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from noesis.cli.models import kind_of
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = pathlib.Path(folder, "config.json").write_text('{"model_type": "llama"}')
+        ...     kind_of(folder)
+        'language model'
+    """
+    folder = _folder(model)
+    if folder is None:
+        return _kind_on_hub(model)
+    if (folder / "model_index.json").is_file():
+        return "pipeline"
+    if not (folder / "config.json").is_file():
+        raise MissingFile(
+            f"{model} holds no model",
+            "model_index.json (a diffusers pipeline) or config.json (a language model)",
+            "Pass the folder that save_pretrained wrote",
+        )
+    named = files.read_json(folder / "config.json").get("_class_name")
+    if named is not None:
+        raise BadValue(
+            f"{model} holds a {named}, a part of a pipeline",
+            "a whole diffusers pipeline or a language model",
+            "Pass the folder above it, with model_index.json",
+        )
+    return "language model"
+
+
+def device_of(name: str) -> str:
+    """The device a name means; "auto" is the accelerator there is, else the CPU.
+
+    Example:
+        >>> from noesis.cli.models import device_of
+        >>> device_of("cpu")
+        'cpu'
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return "cuda" if cuda else "mps" if mps else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise BadValue(f"device={name!r}", "auto, cpu, cuda, cuda:1, mps or another of torch's", "Use auto") from None
+    if (kind == "cuda" and not cuda) or (kind == "mps" and not mps):
+        raise BadValue(f"device={name!r}, and this torch sees no such device", "a device that is there", "Use auto")
+    return name
+
+
+def load_pipeline(model: str, device: str = "auto", dtype: str = "auto") -> Any:
+    """A diffusers pipeline from a folder or an id, on its device.
+
+    Args:
+        model: what `DiffusionPipeline.from_pretrained` takes.
+        device: as `device_of` takes it.
+        dtype: "float32", "float16", "bfloat16", or "auto" for diffusers' default.
+
+    Raises:
+        NoesisError: when diffusers is not installed or cannot load it.
+    """
+    diffusers = require("diffusers", extra="diffusers", purpose="A diffusion pipeline")
+    where, number = device_of(device), _dtype_of(dtype)
+    with _loading(model, "a diffusers pipeline"):
+        options = {} if number == "auto" else {_dtype_key(diffusers, (0, 42)): number}
+        return diffusers.DiffusionPipeline.from_pretrained(model, **_local(model), **options).to(where)
+
+
+def load_language_model(model: str, device: str = "auto", dtype: str = "auto") -> tuple[nn.Module, Any]:
+    """A causal language model from a folder or an id, on its device, and its tokenizer.
+
+    Args:
+        model: what `AutoModelForCausalLM.from_pretrained` takes.
+        device: as `device_of` takes it.
+        dtype: "float32", "float16", "bfloat16", or "auto" for the dtype of the checkpoint.
+
+    Raises:
+        NoesisError: when transformers is not installed or cannot load it.
+    """
+    transformers = require("transformers", extra="transformers", purpose="A language model")
+    where, number = device_of(device), _dtype_of(dtype)
+    with _loading(model, "a causal language model"):
+        options = {_dtype_key(transformers, (4, 56)): number}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, **_local(model))
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, **_local(model), **options)
+        module: nn.Module = loaded.to(where)
+        return module, tokenizer
+
+
+def without_weights(model: str) -> nn.Module:
+    """What `wrap` selects layers in, on the meta device: its modules, not its numbers.
+
+    Args:
+        model: a folder or an id of a language model or a diffusers pipeline.
+
+    Returns:
+        The language model; or the pipeline's denoiser, several as an `nn.ModuleDict`.
+
+    Raises:
+        NoesisError: when its library is not installed or does not know the model.
+    """
+    if kind_of(model) == "language model":
+        transformers = require("transformers", extra="transformers", purpose="A language model")
+        with _loading(model, "a causal language model"), torch.device("meta"):
+            config = transformers.AutoConfig.from_pretrained(model, **_local(model))
+            module: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
+            return module
+    diffusers = require("diffusers", extra="diffusers", purpose="A diffusion pipeline")
+    from ..observing.pipelines import DENOISER, Pipeline
+
+    with _loading(model, "a diffusers pipeline"):
+        index = diffusers.DiffusionPipeline.load_config(model, **_local(model))
+        entries = {name: entry for name, entry in index.items() if DENOISER.fullmatch(name) and entry[0]}
+        if any(library != "diffusers" or not hasattr(diffusers, kind) for library, kind in entries.values()):
+            return Pipeline(load_pipeline(model, "cpu")).denoisers()[0]  # parts of other libraries come with weights
+        with torch.device("meta"):
+            made = {name: _part(getattr(diffusers, kind), model, name) for name, (_, kind) in entries.items()}
+    return Pipeline(SimpleNamespace(components=made)).denoisers()[0]
+
+
+def _part(kind: Any, model: str, name: str) -> nn.Module:
+    module: nn.Module = kind.from_config(kind.load_config(model, subfolder=name, **_local(model)))
+    return module
+
+
+def _folder(model: str) -> Path | None:
+    """The folder a model is in; None for what can only be an id of the hub."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise BadValue(f"{model} is a file", "a folder of save_pretrained, or an id", "Pass the folder it is in")
+    if not _ID.fullmatch(model):
+        raise MissingFile(f"{model} is not there", "a folder of save_pretrained, or an id", "Check the path")
+    return None
+
+
+def _kind_on_hub(model: str) -> Kind:
+    require("huggingface_hub", extra="transformers", purpose="A model from the hub")
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(model, "model_index.json")
+    except LocalEntryNotFoundError:  # no network
+        if isinstance(try_to_load_from_cache(model, "config.json"), str):
+            return "language model"
+        raise MissingFile(
+            f"{model} is no folder here, it is not in the cache, and the hub cannot be reached",
+            "a folder of save_pretrained, or an id",
+            "Check the path, or the network",
+        ) from None
+    except EntryNotFoundError:
+        return "language model"
+    except (OSError, ValueError) as error:
+        raise MissingFile(
+            f"{model} is neither a folder here nor a model of the hub ({_line(error)})",
+            "a folder of save_pretrained, or an id",
+            "Check the spelling",
+        ) from error
+    return "pipeline"
+
+
+def _local(model: str) -> dict[str, bool]:
+    return {"local_files_only": Path(model).is_dir()}
+
+
+def _dtype_of(name: str) -> Any:
+    if name not in ("auto", *DTYPES):
+        raise BadValue(f"dtype={name!r}", f"auto or one of {', '.join(DTYPES)}", "Use auto")
+    return name if name == "auto" else getattr(torch, name)
+
+
+def _dtype_key(library: Any, renamed: tuple[int, int]) -> str:
+    """What `from_pretrained` calls the dtype: "torch_dtype", before the version that renamed it."""
+    major, minor = library.__version__.split(".")[:2]
+    return "dtype" if (int(major), int(minor)) >= renamed else "torch_dtype"
+
+
+@contextmanager
+def _loading(model: str, what: str) -> Iterator[None]:
+    """Whatever a library raises while it loads is told as one kind of error."""
+    try:
+        yield
+    except NoesisError:
+        raise
+    except Exception as error:
+        raise BadFile(
+            f"{model} cannot be loaded as {what} ({type(error).__name__}: {_line(error)})",
+            f"{what} that its library can load",
+            "Check that all its files are there",
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+# ---------------------------------------------------------------- runs
+
+
+def load_run(path: files.PathLike, run: str | None = None) -> Trace | Soulprint:
+    """The trace or soulprint in a file or folder, of a folder that holds both the trace.
+
+    Args:
+        path: a file written by `save` or by noesis v0.1, or a folder of such files.
+        run: which run, where files of v0.1 of several runs share the folder.
+
+    Raises:
+        NoesisError: when there is none, it is broken, or it is ambiguous.
+
+    Example:
+        >>> import tempfile, noesis
+        >>> from noesis.cli.models import load_run
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = noesis.Soulprint([0.0], [1.0], ["conv"]).save(f"{folder}/a.json")
+        ...     load_run(f"{folder}/a.json").layers
+        ['conv']
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return _load_file(path, run)
+    if _one_of(path, TRACES) or v01.runs_in(path):
+        return Trace.load(path, run)
+    if _one_of(path, SOULPRINTS):
+        return Soulprint.load(path)
+    raise MissingFile(
+        f"{path} holds no run",
+        f"{TRACES[0]}, {SOULPRINTS[0]} or files of noesis v0.1",
+        "Pass a file, or a folder that noesis trace wrote",
+    )
+
+
+def load_runs(folder: files.PathLike) -> list[Trace | Soulprint]:
+    """Every run in a folder and in the folders directly below it.
+
+    A soulprint that lies beside the trace of the same run is not a run of its own; nor is a file
+    of another kind.
+
+    Raises:
+        NoesisError: when there is none, or a file is broken.
+
+    Example:
+        >>> import tempfile, noesis
+        >>> from noesis.cli.models import load_runs
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for number in range(3):
+        ...         _ = noesis.Soulprint([0.0], [1.0], ["conv"]).save(f"{folder}/{number}/soulprint.safetensors")
+        ...     len(load_runs(folder))
+        3
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise MissingFile(f"{folder} is no folder", "a folder of traces or soulprints", "Check the path")
+    below = sorted(child for child in folder.iterdir() if child.is_dir())
+    found = [run for each in (folder, *below) for run in _runs_of(each)]
+    if not found:
+        raise MissingFile(f"{folder} holds no run", "traces or soulprints in it or one level below", "Check the path")
+    return found
+
+
+def _runs_of(folder: Path) -> Iterator[Trace | Soulprint]:
+    old = v01.runs_in(folder)
+    parts = {path for paths in old.values() for path in paths}
+    traces: dict[Any, Trace] = {run: Trace._from_v01(v01.read_run(folder, run)) for run in old}
+    soulprints: list[Soulprint] = []
+    for path in sorted(folder.iterdir()):
+        if path in parts or not path.is_file() or not (path.suffix == ".safetensors" or files.is_json(path)):
+            continue
+        kind = declared(path)
+        if kind == "noesis.trace":
+            trace = Trace.load(path)
+            traces.setdefault(trace.meta.get("run", path), trace)
+        elif kind == "noesis.soulprint":
+            soulprints.append(Soulprint.load(path))
+    yield from traces.values()
+    yield from (each for each in soulprints if each.meta.get("run") not in traces)
+
+
+def _load_file(path: Path, run: str | None) -> Trace | Soulprint:
+    kind = declared(path)
+    if kind == "noesis.soulprint":
+        return Soulprint.load(path)
+    if kind == "noesis.trace":
+        return Trace.load(path, run)
+    raise BadFile(
+        f"{path} is no run: its format is {kind!r}",
+        "a trace or a soulprint",
+        "Pass a file that Trace.save or Soulprint.save wrote",
+    )
+
+
+#: Where files in JSON have most of their numbers, whatever kind they are of.
+_NUMBERS = ("arrays", "means", "stds", "values")
+
+
+def declared(path: Path) -> str | None:
+    """The `format` a file says it has, for example "noesis.trace"; files of v0.1 are given theirs.
+
+    Raises:
+        NoesisError: when the file cannot be read.
+    """
+    if path.suffix == ".safetensors":
+        data = files.read_bytes(path)
+        with files.reading_tensors(path, "trace or soulprint"):
+            value = files.read_header(data, path)
+    else:
+        try:
+            value = files.read_json(path, numbers=_NUMBERS)
+        except BadFile as error:
+            if not isinstance(error.__cause__, NoArrayError):
+                raise
+            value = files.read_json(path)  # of another kind, where something else goes by these names
+    if v01.looks_like(value):
+        return "noesis.soulprint" if value["type"].endswith("_soulprint") else "noesis.trace"
+    named = value.get("format") if isinstance(value, dict) else None
+    return named if isinstance(named, str) else None
+
+
+def _one_of(folder: Path, names: tuple[str, ...]) -> bool:
+    return any((folder / name).is_file() for name in names)

@@ -1,0 +1,5 @@
+"""One result from many ranks."""
+
+from .traces import merge
+
+__all__ = ["merge"]

@@ -1,0 +1,263 @@
+"""Reading and writing: safetensors and JSON, atomically, with a format version.
+
+A file either is what it says it is, or reading it raises `NoesisError`. Nothing here knows what
+a trace or a soulprint is; that knowledge lives with them.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import secrets
+import struct
+import zlib
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as parse_safetensors
+from safetensors.numpy import save as pack_safetensors
+
+from ..errors import BadFile, BadValue, Inaccessible, MissingFile, NoesisError
+from . import bounded_json as bounded
+
+FORMAT_VERSION = 1
+Arrays = dict[str, NDArray[Any]]
+PathLike = str | os.PathLike[str]
+
+
+def write_bytes(path: PathLike, data: bytes) -> Path:
+    """Write a whole file or none."""
+    return write_all([(path, data)])[0]
+
+
+def write_all(contents: Iterable[tuple[PathLike, bytes]]) -> list[Path]:
+    """Write whole files, all or none: temporary files in the same folders, fsync, then rename.
+
+    Raises:
+        NoesisError: (an OSError) naming the path that cannot be written.
+    """
+    ready: list[tuple[Path, Path]] = []
+    try:
+        for name, data in contents:
+            path = Path(name)
+            temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}.tmp"
+            ready.append((temporary, path))
+            with accessing(path, "written"):
+                if path.exists() and not path.is_file():  # a device, say, which renaming would put a file in place of
+                    raise IsADirectoryError("a folder or a device is in its place")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with temporary.open("xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+        for temporary, path in ready:
+            with accessing(path, "written"):
+                temporary.replace(path)
+    except BaseException:
+        for temporary, _ in ready:
+            with suppress(OSError, ValueError):
+                temporary.unlink(missing_ok=True)
+        raise
+    return [path for _, path in ready]
+
+
+@contextmanager
+def accessing(path: PathLike, how: str) -> Iterator[None]:
+    """Have what the system refuses inside be an error of noesis that names the path."""
+    try:
+        yield
+    except NoesisError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: the name has a NUL, or half of a surrogate pair
+        why = getattr(error, "strerror", None) or error
+        refused = Inaccessible(
+            f"{path} cannot be {how} ({why})",
+            "a path that can be",
+            "Check the path, its permissions, and the room left",
+        )
+        refused.errno = getattr(error, "errno", None)
+        raise refused from error
+
+
+def read_bytes(path: PathLike) -> bytes:
+    """The bytes of a file, or an error that names it."""
+    path = Path(path)
+    with accessing(path, "read"):
+        if not path.is_file():
+            what = "a folder" if path.is_dir() else "not there"
+            raise MissingFile(f"{path} is {what}", "a file", "Check the path")
+        return path.read_bytes()
+
+
+def save_tensors(path: PathLike, kind: str, arrays: Arrays, header: dict[str, Any]) -> Path:
+    """Write arrays and a JSON header to a `.safetensors` file of the given kind."""
+    return write_bytes(path, pack_tensors(kind, arrays, header))
+
+
+def pack_tensors(kind: str, arrays: Arrays, header: dict[str, Any]) -> bytes:
+    """The bytes of such a file."""
+    full = {"format": f"noesis.{kind}", "format_version": FORMAT_VERSION, **header}
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    # safetensors metadata maps strings to strings, so the header travels as one JSON string.
+    packed: bytes = pack_safetensors(contiguous, {"noesis": dump_json(full)})
+    return packed
+
+
+def load_tensors(path: PathLike, kind: str) -> tuple[Arrays, dict[str, Any]]:
+    """Read back what `save_tensors` wrote; returns the arrays and the header."""
+    return parse_tensors(read_bytes(path), kind, path)
+
+
+def parse_tensors(data: bytes, kind: str, path: PathLike) -> tuple[Arrays, dict[str, Any]]:
+    """The same from bytes; `path` is what errors call them."""
+    with reading_tensors(path, kind):
+        header = read_header(data, path)
+        arrays = parse_safetensors(data)
+        # As noesis writes them. Of bytes, float64 would be eight times the file.
+        strange = [name for name, array in arrays.items() if array.dtype.kind not in "fiu" or array.dtype.itemsize < 4]
+        if strange:
+            raise TypeError(f"{strange[0]} is of dtype {arrays[strange[0]].dtype}")
+    return arrays, check_header(header, kind, path)
+
+
+@contextmanager
+def reading_tensors(path: PathLike, kind: str) -> Iterator[None]:
+    """Have what can be wrong with a safetensors file be an error of noesis."""
+    try:
+        yield
+    except NoesisError:
+        raise
+    except (
+        SafetensorError,
+        struct.error,
+        ValueError,
+        AttributeError,
+        TypeError,
+        KeyError,
+        RuntimeError,
+        OverflowError,
+        AssertionError,
+    ) as error:
+        raise BadFile(
+            f"{path} is not a readable safetensors file ({type(error).__name__}: {error})",
+            f"a noesis {kind}",
+            "It may be truncated; write it again",
+        ) from None
+
+
+def read_header(data: bytes, path: PathLike) -> Any:
+    """What noesis wrote into the metadata of a safetensors file, from the file's bytes."""
+    length = struct.unpack("<Q", data[:8])[0]
+    text = data[8 : 8 + length].decode()
+    inner = bounded.parsed(text, len(data), path, held=len(data)).get("__metadata__", {}).get("noesis", "null")
+    del text
+    return bounded.parsed(inner, len(data), path, held=len(data))
+
+
+def dump_json(value: Any, indent: int | None = None) -> str:
+    """Strict JSON: NaN and infinities become null, anything JSON does not know becomes its `str`."""
+    try:
+        return json.dumps(value, indent=indent, default=_plain, allow_nan=False)
+    except (ValueError, TypeError):  # NaN, keys that are no strings, or a circle
+        return json.dumps(_strict(value), indent=indent, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know: numpy's numbers as numbers, the rest as text."""
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def _strict(value: Any, depth: int = 100) -> Any:
+    if depth == 0:
+        raise BadValue("meta is nested more than 100 deep, or holds itself", "values that JSON can hold", "Flatten it")
+    if isinstance(value, dict):
+        return {str(key): _strict(inner, depth - 1) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(inner, depth - 1) for inner in value]
+    if value is not None and not isinstance(value, (str, bool, int, float)):
+        value = _plain(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def is_json(path: Path) -> bool:
+    """Whether the name says JSON, gzipped or not."""
+    return path.name.endswith((".json", ".json.gz"))
+
+
+def unknown_suffix(path: Path, known: str = ".safetensors, .json or .json.gz") -> BadValue:
+    """The error for a path whose name does not say what to write."""
+    return BadValue(f"{path} has the suffix {path.suffix!r}", known, "Rename the file")
+
+
+def save_json(path: PathLike, kind: str, payload: dict[str, Any]) -> Path:
+    """Write a JSON object of the given kind; gzip when the name ends in `.gz`."""
+    full = {"format": f"noesis.{kind}", "format_version": FORMAT_VERSION, **payload}
+    return write_bytes(path, _packed(path, dump_json(full)))
+
+
+def json_bytes(path: PathLike, payload: dict[str, Any]) -> bytes:
+    """A JSON object as it is, for a file of this name; v0.1 wrote NaN as NaN, and so does this."""
+    return _packed(path, json.dumps(payload, default=_plain))
+
+
+def _packed(path: PathLike, text: str) -> bytes:
+    data = text.encode()
+    # mtime=0: the same content gives the same bytes.
+    return gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data
+
+
+def read_json(path: PathLike, *, numbers: Collection[str] = (), whole: bool = False) -> dict[str, Any]:
+    """The JSON object in a file, gzipped or not (told by its first bytes, not by its name).
+
+    Lists under these names in it are read as arrays of float64, or of `whole` numbers, at a fifth of the memory.
+    """
+    data: bytes | bytearray = read_bytes(path)
+    try:
+        if data[:2] == b"\x1f\x8b":
+            data = bounded.unpacked(data, path)
+        size = len(data)
+        bounded.check_size(data, path)
+        text = str(data, json.detect_encoding(data), "surrogatepass")
+        del data  # before there is as much again, and more
+        value = bounded.parsed(text, size, path, numbers=numbers, whole=whole)
+    except BadFile:
+        raise
+    except bounded.NoArrayError as error:
+        raise BadFile(
+            f"{path} holds something else where arrays belong ({error})", "lists of numbers", "Write it again"
+        ) from error
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        raise BadFile(
+            f"{path} is not readable JSON ({type(error).__name__}: {error})",
+            "a noesis JSON file",
+            "It may be truncated; write it again",
+        ) from None
+    if not isinstance(value, dict):
+        raise BadFile(f"{path} holds a JSON {type(value).__name__}", "a JSON object", "Check the path")
+    return value
+
+
+def check_header(header: Any, kind: str, path: PathLike) -> dict[str, Any]:
+    """The header, once its format and version are the expected ones."""
+    given = header.get("format") if isinstance(header, dict) else None
+    if given != f"noesis.{kind}":
+        raise BadFile(
+            f"{path} is no noesis {kind}: its format is {given!r}",
+            f"format 'noesis.{kind}'",
+            f"Pass a file written by {kind.capitalize()}.save",
+        )
+    version = header.get("format_version")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise BadFile(
+            f"{path} has format_version {version!r}",
+            f"version {FORMAT_VERSION}",
+            "Upgrade noesis, or write the file again with this version",
+        )
+    return dict(header)

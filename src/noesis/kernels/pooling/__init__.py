@@ -1,0 +1,5 @@
+"""A vector per sample of a layer's output."""
+
+from .op import CALLS, FORWARD, STAMP, by_position, pool_anywhere, pool_cpu, pooled, width
+
+__all__ = ["CALLS", "FORWARD", "STAMP", "by_position", "pool_anywhere", "pool_cpu", "pooled", "width"]

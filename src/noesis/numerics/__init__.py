@@ -1,0 +1,1 @@
+"""Algorithms on plain arrays: significance, k-means, alignment, sampling."""

@@ -1,0 +1,59 @@
+"""What the host knows of the forwards of a run, so that those which left no mark on the device are not missed."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+from ..errors import NoesisWarning
+
+
+@dataclass
+class Evidence:
+    """Forwards of a run that the host heard of, in other ways than by the marks they leave."""
+
+    compiled_at: int | None = None  # eager forwards by the time that Dynamo last traced the model to run it
+    passed: dict[str, int] = field(default_factory=dict)  # forwards that were none of ours, by reason
+    calls: int = 0  # of the container
+    unreached: bool = False  # whether the model was compiled in a way that noesis cannot get in between
+    said: bool = False
+
+    def afresh(self) -> Evidence:
+        """That of the next run."""
+        return Evidence(unreached=self.unreached)
+
+    def passed_by(self, why: str) -> None:
+        """A forward of the root was none of ours."""
+        self.passed[why] = self.passed.get(why, 0) + 1
+
+    def left_no_mark(self, forwards: int, eager: int) -> str | None:
+        """Why forwards that must have been are not among those that the device has counted.
+
+        Args:
+            forwards: that the device has counted.
+            eager: those of them that the host began.
+
+        Returns:
+            A reason, or None where nothing is amiss.
+        """
+        if self.compiled_at == eager == forwards:  # neither eager nor compiled forwards since
+            return "the model was compiled, and no forward of what was made of it left a mark"
+        if forwards == 0 and self.passed:
+            told = ", ".join(f"{times} {what}" for what, times in self.passed.items())
+            return f"forwards of the model were left out ({told})"
+        if forwards == 0 and self.unreached:
+            return "the model was compiled before wrapping, and this torch does not tell how to have it begin steps"
+        if forwards == 0 and self.calls:
+            return f"the model returned {self.calls} times, but was not called as noesis left it"
+        return None
+
+    def say(self, reason: str) -> None:
+        """Warn, once in a run."""
+        if not self.said:
+            self.said = True
+            warnings.warn(
+                f"Not every forward was recorded: {reason}. Wrap before compiling, or run the model uncompiled; "
+                'loguru.logger.enable("noesis") tells what this version of torch lacks',
+                NoesisWarning,
+                stacklevel=4,
+            )

@@ -1,0 +1,268 @@
+"""Becoming observed: modules take on a subclass that looks at what they return.
+
+`wrap` turns the selected modules, where they stand, into instances of a generated subclass of
+their own class (as FSDP2 and torch's parametrize do). The object stays the same, so parents, tied
+modules, optimisers and `pipe.unet` keep what they hold, and `unwrap` gives the class back.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.autograd import profiler
+from torch.compiler import is_dynamo_compiling
+from torch.fx import GraphModule
+from torch.nn import Module
+from torch.nn.modules import module
+
+from ..errors import BadType, WrongState
+from ..internals.autograd import recomputing
+from ..internals.calls import CALL, CALL_IMPL
+from ..internals.compiling import traced_for_export
+from ..internals.libraries import register_block
+from ..internals.tensors import traced_by_jit
+from .site import Site
+from .switch import NEVER
+
+_GENERATED = "_noesis_generated"
+
+
+class Observed:
+    """Marks modules that noesis observes: `isinstance(module, noesis.Observed)`.
+
+    Example:
+        >>> import torch, noesis
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+        >>> wrapped = noesis.wrap(model)
+        >>> isinstance(model[0], noesis.Observed), type(model[0]).__name__
+        (True, 'Linear')
+        >>> model[0]
+        ObservedLinear(in_features=2, out_features=2, bias=True)
+        >>> wrapped.unwrap()[0]
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+
+    _noesis = cast("Site | None", None)  # without an annotation, which torch.jit.script could not read
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # A registry of subclasses would take the generated class for a new one.
+        if _GENERATED not in cls.__dict__:
+            super().__init_subclass__(**kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: PLR0912  whatever it called would cost a call
+        """Call the module, and look at what it returns."""
+        this: Any = self
+        compiling = is_dynamo_compiling()
+        if not compiling:
+            try:
+                switch = this._noesis.switch
+            except AttributeError:  # no site, or no longer observed: see below
+                switch = NEVER
+            # Without hooks a call comes to forward. To find that out here costs less than torch's call does.
+            if switch.off and not (
+                this._backward_hooks
+                or this._backward_pre_hooks
+                or this._forward_hooks
+                or this._forward_pre_hooks
+                or module._global_backward_pre_hooks
+                or module._global_backward_hooks
+                or module._global_forward_hooks
+                or module._global_forward_pre_hooks
+                or this._compiled_call_impl
+                or profiler._is_profiler_enabled  # it finds modules by the frames of their calls
+                or traced_by_jit()
+                or (switch.cuda and torch.cuda.is_current_stream_capturing())  # a graph asks the device later
+                or (switch.gradients and recomputing())  # of what was observed before: see below
+                or Module.__call__ is not CALL  # torch.fx puts its own in its place
+                or Module._call_impl is not CALL_IMPL
+                or "_call_impl" in this.__dict__
+            ):
+                return this.forward(*args, **kwargs)
+        if not isinstance(self, Observed):  # unwrapped since; torch.compile keeps a bound `__call__`
+            return type(self).__call__(self, *args, **kwargs)
+        site = self._noesis
+        if site is None or (traced_for_export(site.recorder.key if site.root else "") if compiling else site.skips()):
+            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            if site is not None and site.gradients is not None and not compiling:
+                site.recompute(output)
+            return output
+        try:
+            if site.root:
+                site.begin(args, kwargs)
+            if site.head is not None:
+                site.read(site.head, args, kwargs)
+            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            if site.looks:
+                if compiling:
+                    site.emit(output)
+                elif not site.recorder.skipping or site.recorder.capturing():
+                    site.observe(output)
+        finally:
+            if site.root:
+                site.end()
+        return output
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Move or convert the module, as its class does; the recorder follows to the device."""
+        result = super()._apply(*args, **kwargs)  # type: ignore[misc]
+        site = self._noesis
+        if site is not None and site.root:
+            site.recorder.go_to({parameter.device for parameter in self.parameters()})  # type: ignore[attr-defined]
+        return result
+
+    def __repr__(self) -> str:
+        return f"Observed{super().__repr__()}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle by way of the original class, since generated classes cannot be imported."""
+        reduced = super().__reduce_ex__(protocol)
+        newobj = copyreg.__newobj__  # type: ignore[attr-defined]
+        if isinstance(reduced, tuple) and reduced[0] is newobj and reduced[1][0] is type(self):
+            return (_new, (original_class(type(self)), *reduced[1][1:]), *reduced[2:])
+        if isinstance(reduced, tuple) and reduced[0] is type(self):
+            return (original_class(type(self)), *reduced[1:])  # made anew by its own recipe, and not observed
+        return reduced
+
+
+class ObservedDenoiser(Observed):
+    """An observed denoiser whose pipeline names the guidance branch of each call."""
+
+    @contextmanager
+    def cache_context(self, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """The denoiser's own, which also tells the recorder the branch."""
+        site = self._noesis
+        before = None if site is None else site.recorder.branch
+        with super().cache_context(name, *args, **kwargs) as context:  # type: ignore[misc]
+            if site is not None:
+                site.recorder.set_branch(name)
+            try:
+                yield context
+            finally:
+                if site is not None:
+                    site.recorder.set_branch(before)
+
+
+class ObservedGraph(Observed):
+    """An observed `GraphModule`, which writes its code into its class, and makes copies from it."""
+
+    def recompile(self) -> Any:
+        """The module's own."""
+        with _bare(self) as module:
+            return module.recompile()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        with _bare(self) as module:
+            made = copy.deepcopy(module, memo)
+        return _regain(made, copy.deepcopy(self._noesis, memo))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with _bare(self) as module:
+            function, arguments = module.__reduce_ex__(protocol)
+        return _remake, (function, arguments, self._noesis)
+
+
+@contextmanager
+def _bare(module: Any) -> Iterator[Any]:
+    """A module with the class that it had."""
+    observed, module.__class__ = type(module), original_class(type(module))
+    try:
+        yield module
+    finally:
+        module.__class__ = observed
+
+
+def _regain(module: Any, site: Site | None) -> Any:
+    """A copy that was made by the module's own recipe, observed as the module was."""
+    module.__class__ = observed_class(type(module))
+    module.__dict__["_noesis"] = site
+    return module
+
+
+def _remake(function: Callable[..., Any], arguments: tuple[Any, ...], site: Site | None) -> Any:
+    return _regain(function(*arguments), site)
+
+
+_MADE: dict[type, type[nn.Module]] = {}
+
+
+def observed_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The observe-only subclass of a module class, made once."""
+    if original in _MADE:
+        return _MADE[original]
+    mixin = Observed
+    if hasattr(original, "cache_context"):
+        mixin = ObservedDenoiser
+    elif issubclass(original, GraphModule):
+        mixin = ObservedGraph
+    body = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "__slots__": (),
+        _GENERATED: True,
+    }
+    metaclass: Any = type(original)
+    made: type[nn.Module] = metaclass(original.__name__, (mixin, original), body)
+    _MADE[original] = made
+    register_block(original, made)
+    return made
+
+
+def original_class(observed: type) -> type:
+    """The class an observed class was made from."""
+    return observed.__mro__[observed.__mro__.index(Observed) + 1]
+
+
+def site_of(module: nn.Module) -> Site | None:
+    """What an observed module knows; None for one that is not observed."""
+    return module._noesis if isinstance(module, Observed) else None
+
+
+def _new(original: type[nn.Module], *args: Any) -> Any:
+    made: Any = observed_class(original)
+    return made.__new__(made, *args)
+
+
+def become_observed(module: nn.Module, site: Site) -> None:
+    """Give a module, where it stands, its observed class."""
+    if isinstance(module, Observed):  # unwrapped, with a class on top of ours that another library gave it
+        module.__dict__["_noesis"] = site
+        return
+    name = f"{site.name or 'the model'} ({type(module).__name__})"
+    if isinstance(module, torch.jit.ScriptModule):
+        raise BadType(f"{name} is a ScriptModule", "a module in Python", "Wrap the model before scripting it")
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        raise WrongState(
+            f"{name} has no parameters yet, and changes its class at its first forward",
+            "initialised layers",
+            "Run the model once before wrapping it",
+        )
+    try:
+        module.__class__ = observed_class(type(module))
+    except TypeError as error:
+        raise BadType(
+            f"{name} cannot be observed: {error}",
+            "a module whose class can be subclassed",
+            "Leave it out with a predicate, layers=lambda name, module: ...",
+        ) from None
+    module.__dict__["_noesis"] = site
+    if not site.root and site.recorder.switch.add(original_class(type(module))):
+        site.switch = site.recorder.switch
+
+
+def restore(module: nn.Module) -> bool:
+    """Give a module its class back; False if another library has built a class on ours since."""
+    cls = type(module)
+    original = original_class(cls)
+    if cls is observed_class(original):
+        module.__class__ = original
+        del module.__dict__["_noesis"]
+        return True
+    module.__dict__["_noesis"] = None  # ours stays in between, and does nothing
+    return False

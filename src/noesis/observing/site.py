@@ -1,0 +1,283 @@
+"""What an observed module knows: where its rows go, and which tensor of its output to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from ..internals.autograd import picklable_hook, recomputing
+from ..internals.compiling import foreign
+from ..internals.modes import disturbed, undisturbed
+from ..internals.tensors import storageless, traced_by_fx, traced_by_jit
+from ..layers.outputs import batch_of, hidden_state, is_dtensor, part_emitted, part_here
+from ..results.routes import Router
+from ..surprise.scorer import Channel
+from .gradients import NOWHERE, GradientRecorder, Mark
+from .recorder import Recorder
+from .switch import NEVER
+
+#: What a timestep has to stay below to be recorded exactly.
+LARGEST_TIMESTEP = 2.0**53
+
+
+class Site:
+    """What an observed module knows: its recorder, its place in it, and which tensor to look at."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.switch = NEVER
+        self.root = False
+        self.timestep: int | None = None  # position of the timestep among the root's arguments
+        self.timestep_name = ""
+        self.index = -1  # in the recorder; only the root may have none
+        self.places: list[Tensor] = []  # see `Recorder.places`; empty without an index
+        self.name = ""
+        self.gradients: GradientRecorder | None = None
+        self.stream: int | None = None
+        self.pick: Callable[[Any], Any] | None = None
+        self.router: Router | None = None
+        self.looks = False  # whether the output is of interest
+        self.channel: Channel | None = None  # that keeps the layer's vectors for `surprise`
+        self.doubt: Channel | None = None  # that keeps what the logits say
+        self.head: Channel | None = None  # that keeps what the module of the logits is given
+        self.mask: int | None = None  # position of the mask among the root's arguments
+
+    def skips(self) -> bool:
+        """Whether this call is none of ours; compiled code asks the device instead.
+
+        Backward passes recompute what was seen; other tracers than Dynamo write programs for where there is no noesis.
+        """
+        recorder = self.recorder
+        off = (recorder.paused or (recorder.skipping and not self.root)) and recorder.aside is None
+        if off and not recorder.capturing():  # a graph asks the device whether to observe, at every replay
+            return True
+        if not (recomputing() or traced_by_jit() or traced_by_fx() or foreign()):
+            return False
+        if self.root:
+            recorder.evidence.passed_by("recomputed" if recomputing() else "traced by torch.jit, torch.fx or an export")
+        return True
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward of the root starts: find its timestep and its batch."""
+        timestep = None
+        if self.timestep is not None:
+            timestep = kwargs.get(self.timestep_name)
+            if timestep is None and len(args) > self.timestep:
+                timestep = args[self.timestep]
+            if not is_number(timestep):
+                timestep = None
+        if self.recorder.coder is not None:
+            self.recorder.coder.begin(args, kwargs, self.mask)
+        if is_compiling() or not disturbed():
+            self.recorder.begin(timestep, batch_of(args, kwargs))
+        else:
+            with undisturbed():
+                self.recorder.begin(timestep, batch_of(args, kwargs))
+
+    def end(self) -> None:
+        """The forward of the root is over."""
+        if is_compiling() or not disturbed():
+            self.recorder.end()
+        else:
+            with undisturbed():
+                self.recorder.end()
+
+    def observe(self, output: Any) -> None:
+        """Look at what the module returned."""
+        try:
+            if disturbed():
+                with undisturbed():
+                    self.look(output)
+            else:
+                self.look(output)
+        except Exception as error:  # whatever an output may be, the model goes on
+            self.recorder.unmeasured[self.name] = f"{type(error).__name__}: {error}"
+
+    def look(self, output: Any) -> None:
+        """Find the hidden state, and have it measured."""
+        aside = self.recorder.aside is not None
+        if self.router is not None and not aside:
+            self.route(output, self.router)
+        if self.places:
+            x: Any = hidden_state(output, self.stream) if self.pick is None else self.pick(output)
+            reason, whole = unmeasurable(x), x
+            if reason is not None:
+                x, reason = part_of(whole, reason)
+            if reason is not None:
+                self.recorder.unmeasured[self.name] = f"{reason}, in an output of type {type(output).__name__}"
+            else:
+                if not aside:
+                    self.recorder.observe(x, self.index, self.places)
+                    if self.gradients is not None and whole.requires_grad:
+                        self.await_gradient(whole, self.gradients, self.gradients.mark())
+                if self.channel is not None and x is not whole and x.shape != whole.shape:
+                    self.channel.drop("a DTensor, whose vectors are spread over ranks")
+                elif self.channel is not None:
+                    self.recorder.keep(self.channel, x)
+        if self.doubt is not None:
+            self.keep_doubt(output, self.doubt)
+
+    def await_gradient(self, x: Tensor, gradients: GradientRecorder, mark: Mark) -> None:
+        """Measure the gradient of an output once a backward pass has it."""
+        if x.grad_fn is None:  # a hook would stay on it from step to step
+            gradients.unmeasured[self.name] = "a tensor that nothing was computed from: its gradient is its .grad"
+            return
+        if mark.step == NOWHERE:
+            return
+
+        def take(gradient: Tensor | None) -> None:  # which must not keep `x` alive
+            # Compiled autograd traces hooks; and a node may pass on no gradient at all.
+            if gradient is not None and not is_compiling():
+                self.take(gradient, gradients, mark)
+
+        x.register_hook(picklable_hook(take))
+
+    def take(self, gradient: Tensor, gradients: GradientRecorder, mark: Mark) -> None:
+        """Have a gradient measured."""
+        try:
+            reason = unmeasurable(gradient)
+            if reason is not None:
+                with undisturbed():
+                    gradient, reason = part_of(gradient, reason)
+            if reason is not None:
+                gradients.unmeasured[self.name] = reason
+            elif disturbed():
+                with undisturbed():
+                    gradients.take(gradient, self.index, mark)
+            else:
+                gradients.take(gradient, self.index, mark)
+        except Exception as error:  # whatever a gradient may be, training goes on
+            gradients.unmeasured[self.name] = f"{type(error).__name__}: {error}"
+
+    def recompute(self, output: Any) -> None:
+        """What is recomputed in a backward pass was observed before, but may get its gradients only now."""
+        if self.gradients is None or not recomputing():
+            return
+        try:
+            mark = self.gradients.mark_of_recomputed()
+            x: Any = hidden_state(output, self.stream) if self.pick is None else self.pick(output)
+            reason = unmeasurable(x)
+            if reason is not None:
+                with undisturbed():
+                    _, reason = part_of(x, reason)
+            if reason is None and x.requires_grad:
+                self.await_gradient(x, self.gradients, mark)
+        except Exception as error:  # whatever an output may be, training goes on
+            self.gradients.unmeasured[self.name] = f"{type(error).__name__}: {error}"
+
+    def read(self, head: Channel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what the module of the logits is given."""
+        x = hidden_state((*args, *kwargs.values()))
+        if is_compiling():
+            if emittable(x):
+                self.recorder.keep(head, x)
+            return
+        try:
+            reason = "no floating tensor" if x is None else unmeasurable(x)
+            if reason is not None or x is None:
+                head.drop(f"{reason}, in what the module of the logits is given")
+            elif disturbed():
+                with undisturbed():
+                    self.recorder.keep(head, x)
+            else:
+                self.recorder.keep(head, x)
+        except Exception as error:  # whatever an argument may be, the model goes on
+            head.drop(f"{type(error).__name__}: {error}")
+
+    def emit(self, output: Any) -> None:
+        """`look` in compiled code, which sees shapes and layouts only: the data comes later.
+
+        What cannot be measured is not noted, since a note on the host would be guarded and cost a recompile.
+        """
+        if self.router is not None:
+            self.route(output, self.router)
+        if self.places:
+            x: Any = hidden_state(output, self.stream) if self.pick is None else self.pick(output)
+            whole = x
+            if is_dtensor(x):
+                x = part_emitted(x)
+            if emittable(x):
+                self.recorder.emit(x, self.places)
+                if self.channel is not None and x.shape == whole.shape:
+                    self.recorder.keep(self.channel, x)
+        if self.doubt is not None:
+            self.keep_doubt(output, self.doubt)
+
+    def keep_doubt(self, output: Any, doubt: Channel) -> None:
+        """Keep what the logits among an output say."""
+        coder = doubt.coder
+        try:
+            logits = hidden_state(output) if coder.logits is None else coder.logits(output)
+        except Exception as error:  # a callable that expects another output
+            doubt.drop(f"{type(error).__name__}: {error}")
+            return
+        if is_compiling():
+            if emittable(logits) and logits.dim() > 1:
+                self.recorder.keep(doubt, coder.doubt_of(logits))
+            return
+        reason = unmeasurable(logits)
+        if reason is None and logits is not None and logits.dim() < 2:
+            reason = f"a tensor of shape {tuple(logits.shape)}, which has no classes"
+        if reason is None and logits is not None:
+            self.recorder.keep(doubt, coder.doubt_of(logits.detach()))
+        else:
+            doubt.drop(f"{reason}, where logits were to be")
+
+    def route(self, output: Any, router: Router) -> None:
+        """Look at what a router chose."""
+        found = router.read(output)
+        compiling = is_compiling()
+        reason = found if not isinstance(found, tuple) else None if compiling else unmeasurable(found[0])
+        if reason is not None:
+            self.recorder.unrouted[self.name] = reason
+        elif isinstance(found, tuple):
+            self.recorder.route(*found, router.index)
+
+
+def is_number(timestep: Any) -> bool:
+    """Whether there is a value to record: a fake or batched tensor has none that could be read."""
+    if isinstance(timestep, (float, int)):
+        return abs(timestep) < LARGEST_TIMESTEP
+    if type(timestep) is not Tensor or timestep.is_complex():
+        return False
+    if is_compiling():
+        return True
+    return not (
+        timestep.is_nested
+        or timestep.layout != torch.strided
+        or timestep.numel() == 0
+        or timestep.device.type == "meta"
+        or storageless(timestep)
+    )
+
+
+def unmeasurable(x: Any) -> str | None:
+    """Why a hidden state cannot be measured, or None if it can."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return "no floating tensor"
+    if x.is_nested or x.layout != torch.strided:
+        return "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
+    if x.is_meta or storageless(x):
+        return "a tensor without data of its own (meta device or torch.func)"
+    if type(x) not in (Tensor, nn.Parameter) and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"a {type(x).__name__}"
+    return None
+
+
+def part_of(whole: Any, reason: str) -> tuple[Any, str | None]:
+    """This process' part of what as a whole cannot be measured for a reason; why the part cannot be, or None."""
+    part = part_here(whole)
+    if part is whole:
+        return whole, reason
+    return part, part if isinstance(part, str) else unmeasurable(part)
+
+
+def emittable(x: Any) -> TypeGuard[Tensor]:
+    """Whether compiled code can measure a hidden state: what `unmeasurable` asks, as far as shapes and layouts tell."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_nested or x.layout != torch.strided:
+        return False
+    return not is_dtensor(x)  # an operation takes no DTensor among tensors

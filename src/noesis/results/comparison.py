@@ -1,0 +1,465 @@
+"""compare: what changed between two runs, how much, and whether that is more than noise."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import files
+from ..errors import BadFile, BadType, BadValue
+from ..numerics.significance import judge
+from ..text import csv_quoting, plain, table
+from .soulprint import Soulprint
+from .trace import Trace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Floats = NDArray[np.float64]
+#: Effects are cut off here, where one run is constant or not finite and the other is not.
+LARGEST_EFFECT = 20.0
+
+
+class Answering(Protocol):
+    """Something with a trace, such as what `noesis.wrap` returns."""
+
+    def trace(self) -> Trace:
+        """What happened."""
+        ...
+
+
+class Divergence(NamedTuple):
+    """Where two traces part: the first step and, in order of execution, the first layer."""
+
+    step: int
+    layer: str
+    stat: str
+    a: float
+    b: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one layer differs.
+
+    Attributes:
+        layer: its dotted name.
+        mean_a, mean_b, std_a, std_b: averages over the steps of each run.
+        delta_mean, delta_std: b - a.
+        salience: |delta_mean| + |delta_std|, as in noesis v0.1; in the layer's own units.
+        mean_effect: delta_mean in pooled standard deviations (Cohen's d).
+        std_effect: log(std_b / std_a).
+        effect: hypot(mean_effect, std_effect); free of scale.
+        z_mean, z_std: Student's t of b's mean and log std against the baseline's.
+        p_value: how often an equal run would be as far from the baseline; None without a baseline.
+        q_value: the p-value adjusted for the number of layers (Benjamini-Hochberg).
+        changed: whether `q_value` is at most alpha; None without a baseline.
+    """
+
+    layer: str
+    mean_a: float
+    mean_b: float
+    std_a: float
+    std_b: float
+    delta_mean: float
+    delta_std: float
+    salience: float
+    mean_effect: float
+    std_effect: float
+    effect: float
+    z_mean: float | None = None
+    z_std: float | None = None
+    p_value: float | None = None
+    q_value: float | None = None
+    changed: bool | None = None
+
+
+@dataclass(eq=False, repr=False)
+class Comparison:
+    """Where two runs differ.
+
+    Attributes:
+        rows: one per common layer, the most changed first: by p-value with a baseline, else by effect.
+        cosine: of the two vectors over the common layers; nearly blind, kept from v0.1.
+        distance: root mean square of the effects; 0 for equal runs, free of scale.
+        only_in_a, only_in_b: layers that only one of the runs has.
+        first_divergence: where two traces part, None if they do not or if these are soulprints.
+        alpha: the false discovery rate at which a layer counts as changed.
+        baseline: number of runs in the baseline.
+
+    Example:
+        >>> import noesis
+        >>> a = noesis.Soulprint([0.0, 1.0], [1.0, 1.0], ["conv", "head"])
+        >>> b = noesis.Soulprint([0.0, 1.5], [1.0, 1.0], ["conv", "head"])
+        >>> result = noesis.compare(a, b)
+        >>> result.rows[0].layer, result.rows[0].effect, round(result.distance, 3)
+        ('head', 0.5, 0.354)
+    """
+
+    rows: list[Row]
+    cosine: float
+    distance: float
+    only_in_a: list[str] = field(default_factory=list)
+    only_in_b: list[str] = field(default_factory=list)
+    first_divergence: Divergence | None = None
+    alpha: float = 0.05
+    baseline: int = 0
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> list[str]:
+        """Layers that differ by more than the baseline's own variation; needs a baseline."""
+        if not self.baseline:
+            raise BadValue("This comparison has no baseline", "baseline=[...]", "Compare with soulprints of equal runs")
+        return [row.layer for row in self.rows if row.changed]
+
+    def row(self, layer: str) -> Row:
+        """The row of one layer."""
+        for row in self.rows:
+            if row.layer == layer:
+                return row
+        raise BadValue(
+            f"layer {layer!r} is not among the common layers", f"one of the {len(self.rows)} in .rows", "Check the name"
+        )
+
+    def to_json(self) -> str:
+        """The comparison as one JSON object."""
+        return files.dump_json(
+            {"format": "noesis.comparison", "format_version": files.FORMAT_VERSION, **dataclasses.asdict(self)}
+        )
+
+    def to_csv(self) -> str:
+        """The rows as CSV with a header line."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n", quoting=csv_quoting(row.layer for row in self.rows))
+        names = [each.name for each in dataclasses.fields(Row)]
+        writer.writerow(names)
+        writer.writerows([getattr(row, name) for name in names] for row in self.rows)
+        return text.getvalue()
+
+    def save(self, path: files.PathLike) -> Path:
+        """Write to `.json` or `.json.gz`, or the rows alone to `.csv`; whole or not at all."""
+        path = Path(path)
+        if path.suffix == ".csv":
+            return files.write_bytes(path, self.to_csv().encode())
+        if not files.is_json(path):
+            raise files.unknown_suffix(path, ".json, .json.gz or .csv")
+        return files.save_json(path, "comparison", dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, path: files.PathLike) -> Comparison:
+        """Read the JSON that `save` wrote."""
+        value = files.check_header(files.read_json(path), "comparison", path)
+        try:
+            baseline = value["baseline"]
+            if type(baseline) is not int or baseline < 0:
+                raise ValueError(f"baseline is {baseline!r}")
+            where = value["first_divergence"]
+            return cls(
+                rows=[_row(row, judged=baseline > 0) for row in value["rows"]],
+                cosine=_number(value["cosine"]),
+                distance=_number(value["distance"]),
+                only_in_a=[str(name) for name in list(value["only_in_a"])],
+                only_in_b=[str(name) for name in list(value["only_in_b"])],
+                first_divergence=None
+                if where is None
+                else Divergence(int(where[0]), str(where[1]), str(where[2]), _number(where[3]), _number(where[4])),
+                alpha=float(value["alpha"]),
+                baseline=baseline,
+                meta=dict(value["meta"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+            raise BadFile(
+                f"{path} is not a valid comparison ({type(error).__name__}: {error})",
+                "a file written by Comparison.save",
+                "Write it again",
+            ) from None
+
+    def plot(self, top: int = 25, path: files.PathLike | None = None) -> Figure:
+        """Bars of the effects of the most changed layers; needs the extra `viz`."""
+        from ..plots import effects
+
+        return effects(self.rows[:top], path=path)
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def summary(self, top: int = 10) -> str:
+        """The comparison as text, with the most changed layers in a table."""
+        head = f"Comparison of {len(self.rows)} layers: distance {self.distance:.4g}, cosine {self.cosine:.5f}"
+        parts = [head]
+        if self.first_divergence is not None:
+            where = self.first_divergence
+            what = f"{where.stat} {where.a:.6g} -> {where.b:.6g}"
+            parts.append(f"first divergence: step {where.step}, layer {plain(where.layer)} ({what})")
+        columns = ["layer", "effect", "mean_a", "mean_b", "std_a", "std_b"]
+        lines = [[row.layer, *(f"{getattr(row, name):.4g}" for name in columns[1:])] for row in self.rows[:top]]
+        if self.baseline:
+            changed = self.changed
+            parts.append(
+                f"{len(changed)} of {len(self.rows)} layers changed by more than the noise of {self.baseline} runs "
+                f"(false discovery rate {self.alpha:g})"
+            )
+            columns += ["z_mean", "z_std", "q"]
+            for line, row in zip(lines, self.rows, strict=False):
+                line += [f"{row.z_mean:.2f}", f"{row.z_std:.2f}", f"{row.q_value:.2g}"]
+        parts.append(table(columns, lines))
+        for label, names in (("only in a", self.only_in_a), ("only in b", self.only_in_b)):
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                parts.append(f"{label}: {', '.join(map(plain, names[:5]))}{more}")
+        return "\n".join(parts)
+
+
+def compare(
+    a: Trace | Soulprint | Answering,
+    b: Trace | Soulprint | Answering | Sequence[Trace | Soulprint | Answering],
+    *,
+    baseline: Sequence[Trace | Soulprint | Answering] | None = None,
+    tolerance: float = 1e-5,
+    alpha: float = 0.05,
+) -> Comparison:
+    """Where, how much, and how surely run `b` differs from run `a`.
+
+    Layers are matched by name. Two traces also give the first divergence. With a baseline, each
+    layer's mean and log std in `b` are tested against the baseline's by Student's t, with variances
+    that borrow strength from each other; see `noesis.numerics.significance`.
+
+    Args:
+        a: a trace, a soulprint, or a wrapped model.
+        b: likewise; with a baseline, also several runs of what is to be judged, which show smaller
+            changes than one can (the rows then hold their averages).
+        baseline: runs that should count as equal (other prompts, other seeds), at least 2 and
+            better 8; `b` is compared with their spread.
+        tolerance: differences up to this many standard deviations are no divergence, and no
+            baseline is taken to be narrower.
+        alpha: the false discovery rate at which a layer counts as changed.
+
+    Raises:
+        NoesisError: when the runs have no layer in common, or the baseline is too small.
+
+    Sources: Cohen 1988 (effect size); Benjamini & Hochberg 1995 (false discovery rate).
+
+    Example:
+        >>> import torch, noesis
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> wrapped = noesis.wrap(model, layers="all")
+        >>> x = torch.randn(16, 4)
+        >>> with wrapped.run():
+        ...     _ = wrapped(x)
+        >>> before = wrapped.trace()
+        >>> _ = model[2].weight.data.mul_(1.01)
+        >>> with wrapped.run():
+        ...     _ = wrapped(x)
+        >>> noesis.compare(before, wrapped.trace()).first_divergence[:2]
+        (0, '2')
+    """
+    if not 0 < alpha < 1:
+        raise BadValue(f"alpha={alpha!r}", "a rate between 0 and 1", "0.05 is common")
+    if not tolerance >= 0:
+        raise BadValue(f"tolerance={tolerance!r}", "a number from 0", "0 means bitwise equal")
+    left, right = _result(a), [_result(run) for run in (b if isinstance(b, (list, tuple)) else [b])]
+    if len(right) != 1 and (baseline is None or not right):
+        raise BadValue(
+            f"b is {len(right)} runs", "one run, or several together with baseline=[...]", "Pass one, or a baseline"
+        )
+    traces = [run for run in (left, right[0]) if isinstance(run, Trace)] if len(right) == 1 else []
+    divergence = first_divergence(traces[0], traces[1], tolerance) if len(traces) == 2 else None
+    first, others = _soulprint(left), [_soulprint(run) for run in right]
+    second = others[0]
+    common = set(first.layers).intersection(*(run.layers for run in others))
+    names = [name for name in first.layers if name in common]
+    if not names:
+        raise BadValue(
+            f"The runs have no layer in common: {first.layers[:3]} and {second.layers[:3]}",
+            "runs of the same model with overlapping layers",
+            "Wrap both with the same layers=",
+        )
+    mean_a, std_a = _columns([first], names)[:, 0]
+    new = _columns(others, names)  # [means and stds, runs, layers]
+    mean_b, std_b = new.mean(1)
+    mean_effect, std_effect = _effects(mean_a, std_a, mean_b, std_b)
+    effect = np.hypot(mean_effect, std_effect)
+    values: dict[str, Any] = {
+        "mean_a": mean_a,
+        "mean_b": mean_b,
+        "std_a": std_a,
+        "std_b": std_b,
+        "delta_mean": mean_b - mean_a,
+        "delta_std": std_b - std_a,
+        "salience": np.abs(mean_b - mean_a) + np.abs(std_b - std_a),
+        "mean_effect": mean_effect,
+        "std_effect": std_effect,
+        "effect": effect,
+    }
+    rank = -effect
+    if baseline is not None:
+        base = _baseline([_soulprint(_result(run)) for run in baseline], names)
+        judgement = judge(base[0], base[1], new[0], new[1], tolerance)
+        values |= vars(judgement) | {"changed": judgement.q_value <= alpha}
+        rank = judgement.p_value
+    order = np.lexsort((-effect, rank))
+    rows = [Row(names[index], **{key: column[index].item() for key, column in values.items()}) for index in order]
+    return Comparison(
+        rows=rows,
+        cosine=_cosine(np.concatenate([mean_a, std_a]), np.concatenate([mean_b, std_b])),
+        distance=float(np.sqrt(np.mean(effect**2))),
+        only_in_a=[name for name in first.layers if name not in common],
+        only_in_b=[name for name in second.layers if name not in common],
+        first_divergence=divergence,
+        alpha=alpha,
+        baseline=0 if baseline is None else len(baseline),
+        meta={"a": first.meta, "b": second.meta},
+    )
+
+
+def first_divergence(a: Trace, b: Trace, tolerance: float = 1e-5) -> Divergence | None:
+    """The earliest step, and in order of execution the earliest layer, at which two traces differ.
+
+    Args:
+        a: a trace.
+        b: another of the same input; steps are matched by number, layers by name.
+        tolerance: in standard deviations of the layer at that step (in its size, for a constant
+            layer); counts of elements, of non-finite elements and of calls have to be equal.
+
+    Returns:
+        The divergence, or None when the traces are the same. A step that only one trace has is a
+        divergence too, with `stat="steps"`; steps that a ring has dropped are left out.
+    """
+    places = {name: at for at, name in enumerate(b.layers)}
+    names = [name for name in a.layers if name in places]
+    at_a, at_b = [at for at, name in enumerate(a.layers) if name in places], [places[name] for name in names]
+    stats = [name for name in a.stats if name in b.stats]
+    exact = {"count", "nonfinite", "zeros"}
+    common = set(a.steps.tolist()) & set(b.steps.tolist())
+    for step in _steps_to_compare(a, b):
+        if step not in common:
+            return Divergence(step, "", "steps", float(len(a)), float(len(b)))
+        i, j = int(np.flatnonzero(a.steps == step)[0]), int(np.flatnonzero(b.steps == step)[0])
+        left, right = a.values[i, at_a], b.values[j, at_b]
+        scale = _pooled(left[:, a.stats.index("std")], right[:, b.stats.index("std")])
+        for at in np.argsort(_running_order(a.order[i, at_a]), kind="stable"):
+            calls = float(a.calls[i, at_a[at]]), float(b.calls[j, at_b[at]])
+            if calls[0] != calls[1]:
+                return Divergence(step, names[at], "calls", *calls)
+            for stat in stats:
+                one, other = left[at, a.stats.index(stat)], right[at, b.stats.index(stat)]
+                if one == other or (np.isnan(one) and np.isnan(other)):
+                    continue
+                unit = scale[at] if scale[at] > 0 else max(abs(one), abs(other))
+                if stat in exact or not abs(one - other) <= tolerance * unit:
+                    return Divergence(step, names[at], stat, float(one), float(other))
+    return None
+
+
+def _steps_to_compare(a: Trace, b: Trace) -> list[int]:
+    """The steps of either trace, less those at the start that the other's ring no longer holds."""
+    steps = sorted({*a.steps.tolist(), *b.steps.tolist()})
+    held = [int(trace.steps.min()) for trace in (a, b) if trace.dropped_steps and len(trace)]
+    overlap = [step for step in steps if step >= max(held, default=0)]
+    return overlap if set(overlap) & set(a.steps.tolist()) & set(b.steps.tolist()) else steps
+
+
+def _running_order(order: NDArray[np.int64]) -> Floats:
+    return np.where(order > 0, order, np.inf)
+
+
+# ---------------------------------------------------------------- effects
+
+
+def _effects(mean_a: Floats, std_a: Floats, mean_b: Floats, std_b: Floats) -> tuple[Floats, Floats]:
+    """Difference of means in pooled standard deviations, and log ratio of standard deviations."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        pooled = _pooled(std_a, std_b)
+        size = np.maximum(np.abs(mean_a), np.abs(mean_b))
+        unit = np.where(pooled > 0, pooled, np.where(size > 0, size, 1.0))  # constant in both runs: relative
+        shift = (mean_b - mean_a) / unit
+        ratio = np.where(std_a == std_b, 0.0, np.log(std_b) - np.log(std_a))
+    same = (np.isnan(mean_a) & np.isnan(mean_b)) | (mean_a == mean_b)
+    shift = np.where(same, 0.0, np.nan_to_num(shift, nan=LARGEST_EFFECT))
+    ratio = np.where(np.isnan(std_a) & np.isnan(std_b), 0.0, np.nan_to_num(ratio, nan=LARGEST_EFFECT))
+    return np.clip(shift, -LARGEST_EFFECT, LARGEST_EFFECT), np.clip(ratio, -LARGEST_EFFECT, LARGEST_EFFECT)
+
+
+def _pooled(std_a: Floats, std_b: Floats) -> Floats:
+    return np.sqrt((std_a**2 + std_b**2) / 2)
+
+
+def _cosine(a: Floats, b: Floats) -> float:
+    finite = np.isfinite(a) & np.isfinite(b)
+    a, b = a[finite], b[finite]
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / norms if norms > 0 else float(np.array_equal(a, b))
+
+
+# ---------------------------------------------------------------- inputs
+
+
+def _result(run: Any) -> Trace | Soulprint:
+    if isinstance(run, (Trace, Soulprint)):
+        return run
+    if hasattr(run, "trace") and callable(run.trace):
+        result = run.trace()
+        if isinstance(result, Trace):
+            return result
+    raise BadType(
+        f"compare was given a {type(run).__name__}",
+        "a Trace, a Soulprint or a wrapped model",
+        "Load files with Trace.load or Soulprint.load",
+    )
+
+
+def _soulprint(run: Trace | Soulprint) -> Soulprint:
+    return run if isinstance(run, Soulprint) else run.soulprint()
+
+
+def _columns(runs: list[Soulprint], names: list[str]) -> Floats:
+    """Means and stds, float64 [2, runs, layers]."""
+    columns = []
+    for run in runs:
+        place = {name: index for index, name in enumerate(run.layers)}
+        chosen = [place[name] for name in names]
+        columns.append((run.means[chosen], run.stds[chosen]))
+    stacked: Floats = np.array(columns, dtype=np.float64).transpose(1, 0, 2)
+    return stacked
+
+
+def _baseline(runs: list[Soulprint], names: list[str]) -> Floats:
+    if len(runs) < 2:
+        raise BadValue(
+            f"The baseline has {len(runs)} run{'' if len(runs) == 1 else 's'}",
+            "at least 2 equal runs, so that their spread can be known",
+            "Record more runs, with other prompts or seeds",
+        )
+    common = set(names).intersection(*(run.layers for run in runs))
+    missing = [name for name in names if name not in common]
+    if missing:
+        raise BadValue(
+            f"The baseline lacks {len(missing)} of the layers, first {missing[0]!r}",
+            "runs with the layers that are compared",
+            "Record the baseline with the same layers=",
+        )
+    return _columns(runs, names)
+
+
+def _number(value: Any) -> float:
+    """JSON has no NaN; `files.dump_json` wrote it as null."""
+    return float("nan") if value is None else float(value)
+
+
+def _row(row: Any, judged: bool) -> Row:
+    tests = ("z_mean", "z_std", "p_value", "q_value")
+    numbers: dict[str, Any] = {
+        each.name: _number(row[each.name]) if judged or each.name not in tests else None
+        for each in dataclasses.fields(Row)
+        if each.name not in ("layer", "changed")
+    }
+    return Row(layer=str(row["layer"]), changed=bool(row["changed"]) if judged else None, **numbers)

@@ -1,0 +1,462 @@
+"""Mixture-of-Experts routing: which experts the tokens of a run were sent to.
+
+What a router chose is read from the router itself. Its logits lie where transformers declares them
+(`_can_record_outputs["router_logits"]`), its choice is the integer tensor [tokens, k] beside them. Of
+a router that returns logits alone the k largest are taken, with k from the router or from the
+model's config (`num_experts_per_tok`): right unless the layer adds a bias or limits the choice later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .. import files
+from ..errors import BadFile, WrongState
+from ..kernels.routing import ENTROPY, FIELDS, MEASURED, NEIGHBOURS, SWITCHES, TOKENS, UNIT, RouteBank
+from ..kernels.stepping import FORWARDS, NUMBER, OBSERVED
+from ..layers.selecting import PRESETS, is_linear, router_declarations
+from ..text import counted, plain, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+KIND = "routes"
+#: What every file holds, all int64.
+ARRAYS = ("sums", "experts", "steps", "whole", "coactivation")
+#: Where a router or a config says how many experts there are; the first that is there counts.
+EXPERTS = ("num_router_classes", "n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+#: And how many of them a token is sent to.
+TOP_K = ("top_k", "num_experts_per_tok", "moe_topk", "moe_top_k")
+#: These record the probabilities under the name of logits (transformers 5.23).
+PROBABILITIES = ("Gemma4TextRouter", "DiffusionGemmaTextRouter")
+#: Experts named in a line of `repr`.
+SHOWN = 3
+
+
+# ---------------------------------------------------------------- reading a router's output
+
+
+@dataclass(frozen=True)
+class Router:
+    """A layer that chooses experts, and how to read its output.
+
+    Attributes:
+        name: the layer's dotted name.
+        index: its place among the routers of the wrap.
+        experts: how many it chooses from; 0 when that could not be told.
+        top_k: how many it chooses, where it says so.
+        place: of the logits in its output; None for the first tensor that is as wide as `experts`.
+        probabilities: whether probabilities lie there instead.
+    """
+
+    name: str
+    index: int
+    experts: int
+    top_k: int | None = None
+    place: int | None = None
+    probabilities: bool = False
+
+    def read(self, output: Any) -> tuple[Tensor, Tensor] | str:
+        """Logits [..., experts] and indices [..., k] from an output, or why there are none.
+
+        Example:
+            >>> import torch
+            >>> from noesis.results.routes import Router
+            >>> logits, indices = Router("gate", 0, experts=3, top_k=2).read(torch.tensor([[0.1, 0.7, 0.2]]))
+            >>> indices
+            tensor([[1, 2]])
+        """
+        if not self.experts:
+            return f"neither the router nor the config has any of {', '.join(EXPERTS)}"
+        parts = list(output) if isinstance(output, (tuple, list)) else [output]
+        candidates = parts if self.place is None else parts[self.place : self.place + 1]
+        logits = next(filter(self._are_logits, candidates), None)
+        if logits is None:
+            where = "" if self.place is None else f" at place {self.place}"
+            return f"no logits of {self.experts} experts{where} in an output of type {type(output).__name__}"
+        logits = logits.detach()
+        indices = next((part for part in parts if self._are_indices(part, logits)), None)
+        if indices is None and self.top_k is None:
+            return f"no indices in the output, and neither the router nor the config has any of {', '.join(TOP_K)}"
+        if indices is None:
+            indices = logits.topk(min(self.top_k or 1, self.experts)).indices
+        return logits.log() if self.probabilities else logits, indices
+
+    def _are_logits(self, part: Any) -> bool:
+        return (
+            isinstance(part, Tensor) and part.is_floating_point() and part.dim() > 0 and part.shape[-1] == self.experts
+        )
+
+    def _are_indices(self, part: Any, logits: Tensor) -> bool:
+        if not isinstance(part, Tensor) or part.dim() < 2 or part.is_floating_point() or part.element_size() == 1:
+            return False
+        # As wide as the experts it is a mask with a one for each expert chosen.
+        masks = part.shape[-1] == self.experts and self.top_k != self.experts
+        return not masks and part.numel() // part.shape[-1] == logits.numel() // self.experts
+
+
+def routers(model: nn.Module, chosen: Iterable[tuple[str, nn.Module]]) -> list[Router]:
+    """Those of the chosen layers that are routers, and how to read them.
+
+    Args:
+        model: the model; its class or its parts may declare their routers.
+        chosen: names and modules, as from `select`.
+
+    Returns:
+        One for each layer of a declared class. In a model that declares none: for each layer whose
+        class is named `...Router` or `...TopKGate`, and for each linear layer named `gate` or
+        `router` with as many outputs as the config has experts.
+    """
+    declared = router_declarations(model)
+    is_router = PRESETS["routers"](model)
+    found: list[Router] = []
+    for name, module in chosen:
+        experts = _number(EXPERTS, module, model)
+        gate = not declared and is_linear(module) and name.rpartition(".")[2] in ("gate", "router")
+        if is_router(name, module) or (gate and getattr(module, "out_features", None) == experts):
+            router = Router(
+                name,
+                len(found),
+                experts=experts or 0,
+                top_k=_number(TOP_K, module, model),
+                place=next((place for cls, place in declared if isinstance(module, cls)), None),
+                probabilities=type(module).__name__ in PROBABILITIES,
+            )
+            found.append(router)
+    return found
+
+
+def _number(names: Sequence[str], module: nn.Module, model: nn.Module) -> int | None:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for holder in (module, text, getattr(text, "ffn_config", None)):  # DBRX has a config for its experts
+        for name in names:
+            value = getattr(holder, name, None)
+            if isinstance(value, int) and value > 0:
+                return value
+    return None
+
+
+# ---------------------------------------------------------------- what was counted
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Routing:
+    """Where routers sent tokens, over one or several steps.
+
+    Attributes:
+        sums: int64 [..., layers, experts + 5]: tokens of each expert, and further sums.
+        experts: int64 [layers], experts of each layer; arrays are as wide as the largest.
+    """
+
+    sums: Ints
+    experts: Ints
+
+    @property
+    def tokens(self) -> Ints:
+        """Tokens that were routed, int64 [..., layers]."""
+        return self._sum(TOKENS)
+
+    @property
+    def counts(self) -> Ints:
+        """Tokens sent to each expert, int64 [..., layers, experts]; 0 past a layer's experts."""
+        return self.sums[..., : self.sums.shape[-1] - FIELDS]
+
+    @property
+    def expert_load(self) -> Floats:
+        """Each expert's share of what its layer sent out, float64 [..., layers, experts].
+
+        NaN where no token came, and past a layer's experts.
+        """
+        there = np.arange(self.counts.shape[-1]) < self.experts[:, None]
+        return np.where(there, _ratio(self.counts, self.counts.sum(-1, keepdims=True)), np.nan)
+
+    @property
+    def entropy(self) -> Floats:
+        """Mean over tokens of the entropy of softmax(router logits), in nats, float64 [..., layers].
+
+        From 0 (sure of one expert) to log(experts). Tokens whose logits are NaN are left out.
+        """
+        return _ratio(self._sum(ENTROPY) / UNIT, self._sum(MEASURED))
+
+    @property
+    def cv(self) -> Floats:
+        """Standard deviation of the load over its mean, float64 [..., layers]; 0 is perfect balance.
+
+        Source: Shazeer et al. 2017, "Outrageously large neural networks", the square root of its
+        load-balancing loss without the factor; the deviation is the population's.
+        """
+        there = np.arange(self.counts.shape[-1]) < self.experts[:, None]
+        mean = _ratio(self.counts.sum(-1), self.experts)
+        deviation = np.where(there, self.counts - mean[..., None], 0.0)
+        return _ratio(np.sqrt(_ratio((deviation**2).sum(-1), self.experts)), mean)
+
+    @property
+    def idle(self) -> Floats:
+        """Share of experts to which no token came, float64 [..., layers]; NaN without tokens."""
+        busy = (self.counts > 0).sum(-1)
+        return np.where(self.tokens > 0, _ratio(self.experts - busy, self.experts), np.nan)
+
+    @property
+    def switching(self) -> Floats:
+        """Share of neighbouring tokens of a sequence whose first choices differ, float64 [..., layers].
+
+        A forward with one token per row of the batch goes on with the rows of the forward before, if
+        there were as many; a forward with more starts new sequences. NaN without neighbours.
+        """
+        return _ratio(self._sum(SWITCHES), self._sum(NEIGHBOURS))
+
+    def _sum(self, name: int) -> Ints:
+        return self.sums[..., self.sums.shape[-1] - FIELDS + name]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Routes(Routing):
+    """How the routers of a Mixture-of-Experts model sent the tokens of a run to experts.
+
+    `expert_load`, `entropy`, `cv`, `idle`, `switching`, `tokens` and `counts` are per step and layer, and
+    those of `totals` per layer over the whole run. Padding is counted like any token, since routers
+    route it.
+
+    Attributes:
+        sums: int64 [steps, layers, experts + 5], from which the others follow.
+        experts: int64 [layers], experts of each layer; arrays are as wide as the largest.
+        layers: dotted names of the routers.
+        steps: int64 [steps], the number of the forward each step was, from 0.
+        whole: int64 [layers, experts + 5], the sums over the whole run, also over steps the ring dropped.
+        coactivation: int64 [layers, experts, experts], how many tokens of the whole run were sent to
+            both of two experts; symmetric, 0 on the diagonal.
+        step_coactivation: int64 [latest, layers, experts, experts], the same for each of the latest
+            steps, as many as fit into 64 MiB; not in JSON files.
+        dropped_steps: how many steps at the start of the run are only in `totals` and `coactivation`.
+        unmeasured: routers whose output could not be read, and why.
+        meta: what is known of the run.
+
+    Example:
+        >>> import torch, noesis
+        >>> class TopKRouter(torch.nn.Linear):
+        ...     num_experts, top_k = 4, 2
+        >>> model = torch.nn.Sequential(TopKRouter(3, 4), torch.nn.Softmax(-1))
+        >>> _ = model.requires_grad_(False)[0].weight.copy_(torch.eye(4, 3))
+        >>> wrapped = noesis.wrap(model, layers="routers")
+        >>> _ = wrapped(torch.tensor([[[3.0, 2.0, 0.0], [3.0, 2.0, 0.0], [0.0, 2.0, 1.0]]]))
+        >>> routes = wrapped.routes()
+        >>> routes.totals.expert_load.round(2)
+        array([[0.33, 0.5 , 0.17, 0.  ]])
+        >>> float(routes.totals.switching[0]), int(routes.coactivation[0, 0, 1])
+        (0.5, 2)
+    """
+
+    layers: list[str]
+    steps: Ints
+    whole: Ints
+    coactivation: Ints
+    step_coactivation: Ints
+    dropped_steps: int = 0
+    unmeasured: dict[str, str] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def totals(self) -> Routing:
+        """The whole run, per layer."""
+        return Routing(self.whole, self.experts)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    # ------------------------------------------------------------ making one
+
+    @classmethod
+    def read(
+        cls,
+        found: Sequence[Router],
+        banks: Sequence[RouteBank],
+        steps: Floats,
+        control: Ints,
+        *,
+        unmeasured: dict[str, str],
+        meta: dict[str, Any],
+    ) -> Routes:
+        """What the banks of all devices hold; the one place that waits for them.
+
+        Args:
+            found: the routers, in the order of the banks' layers.
+            banks: one for each device that routers may run on, at the same step.
+            steps: what the recorder knows of each step of its ring, [capacity, STEP].
+            control: its control block.
+            unmeasured: routers that could not be read, and why.
+            meta: what is known of the run.
+        """
+        sums = np.sum([bank.sums.cpu().numpy() for bank in banks], axis=0)
+        pairs = np.sum([bank.pairs.cpu().numpy() for bank in banks], axis=0)
+        capacity, observed = len(steps), int(control[OBSERVED])
+        dropped = max(0, observed - capacity)
+        slots = [number % capacity for number in range(dropped, observed)]
+        numbers = [int(steps[slot, NUMBER]) for slot in slots]
+        kept = len(pairs) - 2
+        pages = [number % kept for number in range(max(0, observed - kept), observed)]
+        if sums[capacity].any():  # called since the last forward ended
+            slots.append(capacity)
+            numbers.append(int(control[FORWARDS]))
+            pages.append(kept)
+        if not slots:
+            raise WrongState("No step was observed yet", "at least one forward", "Run the model first")
+        return cls(
+            sums=sums[slots],
+            experts=np.array([router.experts for router in found]),
+            layers=[router.name for router in found],
+            steps=np.array(numbers, dtype=np.int64),
+            whole=sums[-1],
+            coactivation=pairs[-1],
+            step_coactivation=pairs[pages],
+            dropped_steps=dropped,
+            unmeasured=dict(unmeasured),
+            meta=dict(meta),
+        )
+
+    # ------------------------------------------------------------ files
+
+    def save(self, path: files.PathLike) -> Path:
+        """Write to `.safetensors`, `.json` or `.json.gz`, whole or not at all."""
+        path = Path(path)
+        if path.suffix == ".safetensors":
+            return files.save_tensors(path, KIND, self._arrays(), self._header())
+        if files.is_json(path):
+            return files.save_json(path, KIND, self._payload())
+        raise files.unknown_suffix(path)
+
+    @classmethod
+    def load(cls, path: files.PathLike) -> Routes:
+        """Read what `save` wrote.
+
+        Raises:
+            NoesisError: when it is not there, broken, or of another kind or version.
+        """
+        path = Path(path)
+        if path.suffix == ".safetensors":
+            arrays, header = files.load_tensors(path, KIND)
+        else:
+            header = files.check_header(files.read_json(path, numbers=("arrays",), whole=True), KIND, path)
+            arrays = header.get("arrays", {})
+        try:
+            return cls._from(arrays, header)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise BadFile(
+                f"{path} is not valid routes ({type(error).__name__}: {error})",
+                "a file written by Routes.save",
+                "It may be truncated or edited; write it again",
+            ) from None
+
+    def to_json(self) -> str:
+        """The routes as one JSON object; NaN becomes null."""
+        return files.dump_json({"format": f"noesis.{KIND}", "format_version": files.FORMAT_VERSION, **self._payload()})
+
+    @classmethod
+    def _from(cls, arrays: dict[str, Any], header: dict[str, Any]) -> Routes:
+        kept = {name: _integers(arrays[name]) for name in ARRAYS}
+        layers = [str(name) for name in header["layers"]]
+        width = kept["coactivation"].shape[-1] if kept["coactivation"].ndim else 0
+        latest = _integers(arrays.get("step_coactivation", np.zeros((0, len(layers), width, width), dtype=np.int64)))
+        kept["step_coactivation"] = latest
+        if kept["coactivation"].ndim != 3 or kept["steps"].ndim != 1 or latest.ndim != 4:
+            raise ValueError("coactivation or steps have the wrong shape")
+        steps = len(kept["steps"])
+        shapes = {
+            "sums": (steps, len(layers), width + FIELDS),
+            "whole": (len(layers), width + FIELDS),
+            "coactivation": (len(layers), width, width),
+            "step_coactivation": (min(len(latest), steps), len(layers), width, width),
+            "experts": (len(layers),),
+            "steps": (steps,),
+        }
+        for name, shape in shapes.items():
+            if kept[name].shape != shape:
+                raise ValueError(f"{name} has shape {kept[name].shape}, expected {shape}")
+        if any((array < 0).any() for array in kept.values()) or (kept["experts"] > width).any():
+            raise ValueError("numbers are out of range")
+        return cls(
+            layers=layers,
+            dropped_steps=int(header["dropped_steps"]),
+            unmeasured={str(name): str(why) for name, why in header["unmeasured"].items()},
+            meta=dict(header["meta"]),
+            **kept,
+        )
+
+    def _arrays(self) -> files.Arrays:
+        return {name: getattr(self, name) for name in (*ARRAYS, "step_coactivation")}
+
+    def _header(self) -> dict[str, Any]:
+        names = ("layers", "dropped_steps", "unmeasured", "meta")
+        return {name: getattr(self, name) for name in names}
+
+    def _payload(self) -> dict[str, Any]:
+        totals = self.totals
+        shown = ("tokens", "entropy", "cv", "idle", "switching", "expert_load")
+        columns = {name: getattr(totals, name).tolist() for name in shown}
+        return {
+            **self._header(),
+            "totals": [
+                {"layer": layer, **{name: column[index] for name, column in columns.items()}}
+                for index, layer in enumerate(self.layers)
+            ],
+            "arrays": {name: getattr(self, name).tolist() for name in ARRAYS},
+        }
+
+    # ------------------------------------------------------------ showing
+
+    def plot(self, path: files.PathLike | None = None) -> Figure:
+        """A heat map of the experts' load over the whole run, layers down; needs the extra `viz`."""
+        from ..plots import heat_map
+
+        load = self.totals.expert_load
+        return heat_map(load, self.layers, range(load.shape[1]), title="load by layer and expert", path=path)
+
+    def __repr__(self) -> str:
+        totals, load = self.totals, self.totals.expert_load
+        experts = " to ".join(str(number) for number in sorted({int(self.experts.min()), int(self.experts.max())}))
+        head = f"Routes of {counted(len(self), 'step')} x {counted(len(self.layers), 'router')}, {experts} experts each"
+        if self.dropped_steps:
+            head += f" ({self.dropped_steps} earlier steps are in the totals only)"
+        lines = []
+        for index, name in enumerate(self.layers):
+            if totals.tokens[index]:
+                columns = (totals.entropy, totals.cv, totals.idle, totals.switching)
+                numbers = [f"{column[index]:.3g}" for column in columns]
+                # Stable, so that of equal ones the first is named.
+                top = np.argsort(-totals.counts[index], kind="stable")[:SHOWN]
+                busiest = ", ".join(f"{expert}: {load[index, expert]:.0%}" for expert in top if load[index, expert])
+                lines.append([name, str(totals.tokens[index]), *numbers, busiest])
+        parts = [head]
+        if lines:
+            parts.append(table(["layer", "tokens", "entropy", "cv", "idle", "switching", "top experts"], lines))
+        still = [
+            name
+            for name, tokens in zip(self.layers, totals.tokens, strict=True)
+            if not tokens and name not in self.unmeasured
+        ]
+        if still:
+            parts.append(f"never ran: {', '.join(map(plain, still))}")
+        parts += [f"not measured: {plain(name)} ({plain(why)})" for name, why in self.unmeasured.items()]
+        return "\n".join(parts)
+
+
+def _ratio(part: Any, whole: Any) -> Floats:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(whole > 0, part / whole, np.nan)
+
+
+def _integers(values: Any) -> Ints:
+    array = np.asarray(values)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"numbers of type {array.dtype}, expected whole ones")
+    return array.astype(np.int64)

@@ -1,0 +1,154 @@
+"""Soulprint: which run it was, as one vector of fixed length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import files
+from ..errors import BadFile, BadValue
+from ..files import v01
+from ..text import counted, plain, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .comparison import Comparison
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(eq=False, repr=False)
+class Soulprint:
+    """Each layer's mean and standard deviation, averaged over the steps of a run.
+
+    Attributes:
+        means: float64 [layers].
+        stds: float64 [layers], unbiased.
+        layers: dotted names.
+        steps: over how many steps was averaged.
+        meta: what is known of the run.
+
+    Example:
+        >>> import numpy as np, noesis
+        >>> print_ = noesis.Soulprint(np.array([0.0, 1.0]), np.array([1.0, 2.0]), ["a", "b"])
+        >>> print_.vector
+        array([0., 1., 1., 2.])
+    """
+
+    means: Floats
+    stds: Floats
+    layers: list[str]
+    steps: int = 1
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.means = np.asarray(self.means, dtype=np.float64)
+        self.stds = np.asarray(self.stds, dtype=np.float64)
+        self.layers = [str(name) for name in self.layers]
+        shapes = {self.means.shape, self.stds.shape, (len(self.layers),)}
+        if len(shapes) != 1 or len(set(self.layers)) != len(self.layers):
+            raise BadValue(
+                f"means {self.means.shape}, stds {self.stds.shape} and {len(self.layers)} layers",
+                "one mean and one std per layer, each layer named once",
+                "Give arrays of one length and as many names",
+            )
+
+    @property
+    def vector(self) -> Floats:
+        """`concat(means[0:L], stds[0:L])`, float64 [2 * layers]."""
+        return np.concatenate([self.means, self.stds])
+
+    def compare(self, other: Soulprint, **options: Any) -> Comparison:
+        """What changed from this one to the other: `noesis.compare(self, other, **options)`."""
+        from .comparison import compare
+
+        return compare(self, other, **options)
+
+    def save(self, path: files.PathLike) -> Path:
+        """Write to `.safetensors`, `.json` or `.json.gz`, whole or not at all."""
+        path = Path(path)
+        if path.suffix == ".safetensors":
+            arrays = {"means": self.means, "stds": self.stds}
+            return files.save_tensors(path, "soulprint", arrays, self._header())
+        if files.is_json(path):
+            return files.save_json(path, "soulprint", self._payload())
+        raise files.unknown_suffix(path)
+
+    def save_v01(self, path: files.PathLike) -> Path:
+        """Write the soulprint JSON of noesis v0.1."""
+        run = str(self.meta.get("run", "noesis"))
+        return v01.write_soulprint(v01.Print(run, self.meta, self.layers, self.means, self.stds, self.steps), path)
+
+    @classmethod
+    def load(cls, path: files.PathLike) -> Soulprint:
+        """Read what `save` wrote, or a soulprint of noesis v0.1.
+
+        Args:
+            path: a file, or a folder that holds `soulprint.safetensors` or `soulprint.json`.
+
+        Raises:
+            NoesisError: when it is not there, broken, of another format or of another version.
+        """
+        path = Path(path)
+        if path.is_dir():
+            named = [path / f"soulprint{suffix}" for suffix in (".safetensors", ".json", ".json.gz")]
+            path = next((name for name in named if name.is_file()), named[0])
+        if path.suffix == ".safetensors":
+            arrays, header = files.load_tensors(path, "soulprint")
+            return cls._from(arrays, header, path)
+        value = files.read_json(path, numbers=("means", "stds"))
+        if v01.looks_like(value):
+            del value  # before it is read again
+            old = v01.read_soulprint(path)
+            meta = {**old.meta, "run": old.run_id, "source": "noesis v0.1"}
+            return cls(old.means, old.stds, old.layers, old.steps, meta)
+        return cls._from(value, files.check_header(value, "soulprint", path), path)
+
+    def to_json(self) -> str:
+        """The soulprint as one JSON object; NaN becomes null."""
+        return files.dump_json(
+            {"format": "noesis.soulprint", "format_version": files.FORMAT_VERSION, **self._payload()}
+        )
+
+    def _header(self) -> dict[str, Any]:
+        layout = "concat(means[0:L], stds[0:L])"
+        return {"layers": self.layers, "steps": self.steps, "vector_layout": layout, "meta": self.meta}
+
+    def _payload(self) -> dict[str, Any]:
+        return {**self._header(), "means": self.means.tolist(), "stds": self.stds.tolist()}
+
+    @classmethod
+    def _from(cls, arrays: dict[str, Any], header: dict[str, Any], path: Path) -> Soulprint:
+        try:
+            means, stds = (np.asarray(arrays[name], dtype=np.float64) for name in ("means", "stds"))
+            if not isinstance(header["layers"], list) or type(header["steps"]) is not int:
+                raise TypeError("layers has to be a list, steps a whole number")
+            return cls(means, stds, header["layers"], header["steps"], dict(header["meta"]))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            why = str(error).rstrip(".")
+            raise BadFile(
+                f"{path} is not a valid soulprint ({type(error).__name__}: {why})",
+                "a file written by Soulprint.save",
+                "It may be truncated or edited; write it again",
+            ) from None
+
+    def plot(self, other: Soulprint | None = None, path: files.PathLike | None = None) -> Figure:
+        """Bars of mean and std per layer, beside those of another run if given; needs the extra `viz`."""
+        from ..plots import bars
+
+        return bars([self] if other is None else [self, other], path=path)
+
+    def __repr__(self) -> str:
+        head = f"Soulprint of {counted(len(self.layers), 'layer')} over {counted(self.steps, 'step')}"
+        keys = ("model", "prompt", "seed", "run")
+        known = [f"{key}={plain(str(self.meta[key]))}" for key in keys if self.meta.get(key) is not None]
+        lines = [
+            [name, f"{mean:.4g}", f"{std:.4g}"]
+            for name, mean, std in zip(self.layers, self.means, self.stds, strict=True)
+        ]
+        return "\n".join([head + (f" ({', '.join(known)})" if known else ""), table(["layer", "mean", "std"], lines)])

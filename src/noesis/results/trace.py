@@ -1,0 +1,475 @@
+"""Trace: what happened, as steps x layers x statistics on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import files
+from ..errors import BadFile, BadValue, MissingFile, WrongState
+from ..files import v01
+from ..kernels import rows
+from ..text import counted, plain, table
+from .soulprint import Soulprint
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .surprise import Surprise
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+ALWAYS = ("count", "mean", "std", "abs_mean", "min", "max", "nonfinite")
+OPTIONAL = ("zeros", "rms")
+
+
+@dataclass(eq=False, repr=False)
+class Trace:
+    """The statistics of every observed layer at every step of a run.
+
+    Attributes:
+        values: float64 [steps, layers, stats]. Statistics are over the finite elements of a layer's
+            output; `std` is unbiased. Where a layer did not run, counts are 0 and the others NaN.
+        layers: dotted names, in the order of `named_modules()`.
+        stats: names of the last axis.
+        steps: int [steps], the number of the forward each step was, from 0.
+        timesteps: float64 [steps], the denoiser's timestep; NaN where the model has none.
+        branches: guidance branch of each step, or None.
+        batches: int [steps], the batch size of each forward.
+        order: int [steps, layers], when a layer first ran within the step, from 1; 0 if it did not.
+        calls: int [steps, layers], how often it ran within the step.
+        totals: float64 [layers, stats] over the whole run, also over steps the ring dropped.
+        averages: float64 [layers, 3]: steps run, and sums over them of the means and of the stds.
+        dropped_steps: how many steps at the start of the run are only in `totals` and `averages`.
+        unmeasured: layers that ran with an output that cannot be measured, and why.
+        samples: with `per_sample=True`, one trace per element of the batch.
+        meta: what is known of the run.
+        surprise: from `forward_with_trace` with a codebook, the scores of that call; in no file.
+
+    Example:
+        >>> import torch, noesis
+        >>> wrapped = noesis.wrap(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU()))
+        >>> _ = wrapped(torch.ones(2, 4))
+        >>> trace = wrapped.trace()
+        >>> trace.values.shape, trace.layers
+        ((1, 2, 7), ['0', '1'])
+        >>> trace["count"]
+        array([[16., 16.]])
+    """
+
+    values: Floats
+    layers: list[str]
+    stats: tuple[str, ...]
+    steps: Ints
+    order: Ints
+    calls: Ints
+    totals: Floats
+    averages: Floats
+    timesteps: Floats
+    batches: Ints
+    branches: list[str | None]
+    dropped_steps: int = 0
+    unmeasured: dict[str, str] = field(default_factory=dict)
+    samples: list[Trace] = field(default_factory=list)
+    meta: dict[str, Any] = field(default_factory=dict)
+    surprise: Surprise | None = None
+
+    # ------------------------------------------------------------ access
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, stat: str) -> Floats:
+        """One statistic as float64 [steps, layers]."""
+        return self.values[:, :, self._stat(stat)]
+
+    def layer(self, name: str) -> Floats:
+        """One layer as float64 [steps, stats]."""
+        return self.values[:, self._layer(name), :]
+
+    @property
+    def never_ran(self) -> list[str]:
+        """Selected layers that did not run in the whole run."""
+        called = self._ran | (self.calls > 0).any(0)
+        return [name for name, yes in zip(self.layers, called, strict=True) if not (yes or name in self.unmeasured)]
+
+    @property
+    def _ran(self) -> NDArray[np.bool_]:
+        """Which layers gave any element at all, finite or not."""
+        return (self.averages[:, 0] > 0) | (self.totals[:, self._stat("nonfinite")] > 0)
+
+    def first_nonfinite(self) -> tuple[int, str] | None:
+        """Step and layer of the first NaN or infinity, in order of execution; None if there is none.
+
+        Example:
+            >>> import torch, noesis
+            >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+            >>> _ = torch.nn.init.constant_(model[1].bias, float("nan"))
+            >>> wrapped = noesis.wrap(model)
+            >>> _ = wrapped(torch.ones(1, 2))
+            >>> wrapped.trace().first_nonfinite()
+            (0, '1')
+        """
+        for index, bad in enumerate(self["nonfinite"] > 0):
+            if bad.any():
+                layer = min(np.flatnonzero(bad), key=lambda at: self.order[index, at])
+                return int(self.steps[index]), self.layers[layer]
+        return None
+
+    def at(self, keep: Iterable[bool]) -> Trace:
+        """The trace of some of its steps alone; `keep` is a mask over the steps."""
+        mask = np.asarray(list(keep), dtype=bool)
+        return Trace.of(
+            self.values[mask],
+            self.layers,
+            self.stats,
+            steps=self.steps[mask],
+            order=self.order[mask],
+            calls=self.calls[mask],
+            timesteps=self.timesteps[mask],
+            batches=self.batches[mask],
+            branches=[branch for branch, yes in zip(self.branches, mask, strict=True) if yes],
+            unmeasured=self.unmeasured,
+            samples=[sample.at(mask) for sample in self.samples],
+            meta=self.meta,
+        )
+
+    def soulprint(self, step: int | None = None) -> Soulprint:
+        """The run as one vector: each layer's mean and std, averaged over the steps it ran in.
+
+        Layers that never ran are left out. A layer without a finite element has NaN.
+
+        Args:
+            step: a step's number, for the soulprint of that step alone.
+
+        Raises:
+            NoesisError: when nothing ran, or there is no such step.
+        """
+        if step is not None:
+            if step not in self.steps:
+                raise BadValue(f"step={step} is not in the trace", f"one of {_span(self.steps)}", "See trace.steps")
+            return self.at(self.steps == step).soulprint()
+        times = self.averages[:, 0]
+        ran = self._ran
+        if not ran.any():
+            raise WrongState(
+                "The trace has no steps in which an observed layer ran", "at least one forward", "Run the model first"
+            )
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means, stds = self.averages[:, 1] / times, self.averages[:, 2] / times
+        return Soulprint(
+            means=means[ran],
+            stds=stds[ran],
+            layers=[name for name, yes in zip(self.layers, ran, strict=True) if yes],
+            steps=int(times.max()),
+            meta=dict(self.meta),
+        )
+
+    def _stat(self, name: str) -> int:
+        if name not in self.stats:
+            raise BadValue(f"{name!r} is not in the trace", f"one of {', '.join(self.stats)}", _wrap_hint(name))
+        return self.stats.index(name)
+
+    def _layer(self, name: str) -> int:
+        if name not in self.layers:
+            raise BadValue(
+                f"layer {name!r} is not in the trace", f"one of its {len(self.layers)} layers", "See trace.layers"
+            )
+        return self.layers.index(name)
+
+    # ------------------------------------------------------------ making one
+
+    @classmethod
+    def of(
+        cls,
+        values: Floats,
+        layers: list[str],
+        stats: tuple[str, ...],
+        *,
+        steps: Ints,
+        order: Ints | None = None,
+        calls: Ints | None = None,
+        timesteps: Floats | None = None,
+        batches: Ints | None = None,
+        branches: list[str | None] | None = None,
+        unmeasured: dict[str, str] | None = None,
+        samples: list[Trace] | None = None,
+        meta: dict[str, Any] | None = None,
+    ) -> Trace:
+        """A trace whose steps are all of its run, so that totals follow from them."""
+        ran = values[:, :, stats.index("count")] > 0
+        parts = fields_of(values, stats)
+        with np.errstate(over="ignore", invalid="ignore"):  # numbers in files of v0.1 may be anything
+            totals = rows.combine(parts) if len(values) else np.zeros((len(layers), len(rows.FIELDS)))
+            mean, std = (np.where(ran, values[:, :, stats.index(name)], 0.0).sum(0) for name in ("mean", "std"))
+        in_order = np.broadcast_to(np.arange(1, len(layers) + 1), ran.shape)
+        return cls(
+            values=values,
+            layers=list(layers),
+            stats=stats,
+            steps=np.asarray(steps, dtype=np.int64),
+            order=np.where(ran, in_order, 0) if order is None else order,
+            calls=ran.astype(np.int64) if calls is None else calls,
+            totals=stats_of(totals, stats),
+            averages=np.stack([ran.sum(0).astype(np.float64), mean, std], axis=-1),
+            timesteps=np.full(len(values), np.nan) if timesteps is None else timesteps,
+            batches=np.zeros(len(values), dtype=np.int64) if batches is None else batches,
+            branches=[None] * len(values) if branches is None else branches,
+            unmeasured=dict(unmeasured or {}),
+            samples=samples or [],
+            meta=dict(meta or {}),
+        )
+
+    # ------------------------------------------------------------ files
+
+    def save(self, path: files.PathLike) -> Path:
+        """Write to `.safetensors`, `.json` or `.json.gz`, whole or not at all."""
+        path = Path(path)
+        if path.suffix == ".safetensors":
+            return files.save_tensors(path, "trace", self._arrays(), self._header())
+        if files.is_json(path):
+            return files.save_json(path, "trace", self._payload())
+        raise files.unknown_suffix(path)
+
+    def save_v01(self, folder: files.PathLike, *, single_file: bool = False, compress: bool = True) -> list[Path]:
+        """Write the files of noesis v0.1 into a folder: one per step, or a single one."""
+        kept = [self.stats.index(name) for name in v01.STATS]
+        run = v01.Run(
+            run_id=str(self.meta.get("run", "noesis")),
+            meta=self.meta,
+            layers=self.layers,
+            steps=self.steps.tolist(),
+            values=self.values[:, :, kept],
+            counts=self["count"],
+        )
+        return v01.write_run(run, folder, single_file=single_file, compress=compress)
+
+    @classmethod
+    def load(cls, path: files.PathLike, run: str | None = None) -> Trace:
+        """Read what `save` wrote, or a trace of noesis v0.1.
+
+        Args:
+            path: a file, or a folder that holds `trace.safetensors`, `trace.json` or files of v0.1.
+            run: which run, where files of v0.1 of several runs share the folder.
+
+        Raises:
+            NoesisError: when it is not there, broken, of another format or version, or ambiguous.
+        """
+        path = Path(path)
+        if path.is_dir():
+            for name in ("trace.safetensors", "trace.json", "trace.json.gz"):
+                if (path / name).is_file():
+                    return cls.load(path / name)
+            if not v01.runs_in(path):
+                raise MissingFile(
+                    f"{path} holds no trace", "trace.safetensors, trace.json or v0.1 files", "Check the path"
+                )
+            return cls._from_v01(v01.read_run(path, run))
+        if path.suffix == ".safetensors":
+            return cls._from_arrays(*files.load_tensors(path, "trace"), path)
+        value = files.read_json(path, numbers=("arrays",))
+        if v01.looks_like(value):
+            del value  # before it is read again
+            return cls._from_v01(v01.read_run(path, run))
+        return cls.from_json(value, path)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any], path: Path | str) -> Trace:
+        """From the JSON object of `to_json`; `path` is what errors call it."""
+        return cls._from_payload(files.check_header(value, "trace", path), path)
+
+    def to_json(self) -> str:
+        """The trace as one JSON object; NaN becomes null."""
+        return files.dump_json({"format": "noesis.trace", "format_version": files.FORMAT_VERSION, **self._payload()})
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "layers": self.layers,
+            "stats": list(self.stats),
+            "branches": self.branches,
+            "dropped_steps": self.dropped_steps,
+            "unmeasured": self.unmeasured,
+            "samples": len(self.samples),
+            "meta": self.meta,
+        }
+
+    def _arrays(self, prefix: str = "") -> files.Arrays:
+        names = ("values", "steps", "order", "calls", "totals", "averages", "timesteps", "batches")
+        arrays = {prefix + name: getattr(self, name) for name in names}
+        for index, sample in enumerate(self.samples):
+            arrays |= sample._arrays(f"sample{index}.")
+        return arrays
+
+    def after(self, earlier: Trace) -> Trace:
+        """The same run with what came before it, of which only the totals are kept; layers and statistics are alike."""
+        places = {name: at for at, name in enumerate(earlier.layers)}
+        order = [places[name] for name in self.layers]
+        stats = [earlier.stats.index(name) for name in self.stats]
+        parts = [fields_of(totals, self.stats) for totals in (earlier.totals[np.ix_(order, stats)], self.totals)]
+        return replace(
+            self,
+            totals=stats_of(rows.combine(np.stack(parts)), self.stats),
+            averages=earlier.averages[order] + self.averages,
+            dropped_steps=earlier.dropped_steps + self.dropped_steps,
+            meta={**self.meta, "resumed": earlier.meta.get("run")},
+        )
+
+    def _payload(self) -> dict[str, Any]:
+        return {**self._header(), "arrays": {name: array.tolist() for name, array in self._arrays().items()}}
+
+    @classmethod
+    def _from_payload(cls, payload: dict[str, Any], path: Path | str) -> Trace:
+        try:
+            given = payload["arrays"]
+            # One by one, so that lists of numbers are gone when the next array is made.
+            arrays = {name: np.asarray(given.pop(name), dtype=np.float64) for name in list(given)}
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise _broken(path, error) from None
+        return cls._from_arrays(arrays, payload, path)
+
+    @classmethod
+    def _from_arrays(cls, arrays: files.Arrays, header: dict[str, Any], path: Path | str, prefix: str = "") -> Trace:
+        try:
+            layers, stats = [str(name) for name in header["layers"]], tuple(str(name) for name in header["stats"])
+            values = arrays[prefix + "values"]
+            shapes = {
+                "values": (len(values), len(layers), len(stats)),
+                "steps": (len(values),),
+                "order": (len(values), len(layers)),
+                "calls": (len(values), len(layers)),
+                "totals": (len(layers), len(stats)),
+                "averages": (len(layers), 3),
+                "timesteps": (len(values),),
+                "batches": (len(values),),
+            }
+            integers = ("steps", "order", "calls", "batches")
+            kept: dict[str, Any] = {}
+            for name, shape in shapes.items():
+                array = arrays.pop(prefix + name)
+                if array.shape != shape and array.size + np.prod(shape):
+                    raise ValueError(f"{prefix + name} has shape {array.shape}, expected {shape}")
+                kept[name] = array.reshape(shape).astype(np.float64, copy=False)
+                if name in integers:
+                    kept[name] = _whole(kept[name], prefix + name)
+            _whole(kept["averages"][:, 0], "averages")
+            branches = [None if branch is None else str(branch) for branch in header["branches"]]
+            if len(branches) != len(values) or not set(ALWAYS) <= set(stats) or len(set(layers)) != len(layers):
+                raise ValueError("branches, stats or layers do not fit")
+            return cls(
+                layers=layers,
+                stats=stats,
+                branches=branches,
+                dropped_steps=max(0, int(header["dropped_steps"])),
+                unmeasured={str(name): str(why) for name, why in header["unmeasured"].items()},
+                meta=dict(header["meta"]),
+                samples=[
+                    cls._from_arrays(arrays, {**header, "samples": 0}, path, f"sample{index}.")
+                    for index in range(int(header["samples"]))
+                ],
+                **kept,
+            )
+        except BadFile:  # of a sample
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise _broken(path, error) from None
+
+    @classmethod
+    def _from_v01(cls, run: v01.Run) -> Trace:
+        values = np.full((*run.counts.shape, len(ALWAYS)), np.nan)
+        values[:, :, ALWAYS.index("count")] = run.counts
+        values[:, :, ALWAYS.index("nonfinite")] = 0.0
+        for index, name in enumerate(v01.STATS):
+            values[:, :, ALWAYS.index(name)] = run.values[:, :, index]
+        meta = {**run.meta, "run": run.run_id, "source": "noesis v0.1"}
+        return cls.of(values, run.layers, ALWAYS, steps=np.array(run.steps, dtype=np.int64), meta=meta)
+
+    # ------------------------------------------------------------ showing
+
+    def plot(self, stat: str = "std", path: files.PathLike | None = None) -> Figure:
+        """A heat map of one statistic, steps across and layers down; needs the extra `viz`."""
+        from ..plots import heat_map
+
+        return heat_map(self[stat].T, self.layers, self.steps.tolist(), title=f"{stat} by layer and step", path=path)
+
+    def __repr__(self) -> str:
+        head = f"Trace of {counted(len(self), 'step')} x {counted(len(self.layers), 'layer')} x {len(self.stats)} stats"
+        if self.dropped_steps:
+            head += f" ({self.dropped_steps} earlier steps are in the totals only)"
+        if self.samples:
+            head += f", {counted(len(self.samples), 'sample')}"
+        shown = [name for name in self.stats if name != "count"]
+        columns, silent = [self.stats.index(name) for name in shown], set(self.never_ran)
+        lines = [
+            [name, *(f"{value:.4g}" for value in self.totals[index, columns])]
+            for index, name in enumerate(self.layers)
+            if name not in silent
+        ]
+        parts = [head, table(["layer", *shown], lines)]
+        if self.never_ran:
+            parts.append(f"never ran: {', '.join(map(plain, self.never_ran))}")
+        parts += [f"not measured: {plain(name)} ({plain(why)})" for name, why in self.unmeasured.items()]
+        found = self.first_nonfinite()
+        if found:
+            parts.append(f"first NaN or infinity: step {found[0]}, layer {plain(found[1])}")
+        return "\n".join(parts)
+
+
+def stats_of(unpacked: Floats, stats: tuple[str, ...]) -> Floats:
+    """Statistics [..., stats] from rows [..., FIELDS]."""
+    count = unpacked[..., rows.COUNT]
+    measured = count > 0
+    columns = []
+    for name in stats:
+        if name in ("count", "nonfinite", "zeros"):
+            columns.append(unpacked[..., rows.FIELDS.index(name)])
+            continue
+        if name == "std":
+            value = rows.sample_std(unpacked[..., rows.STD], count)
+        elif name == "rms":
+            value = np.hypot(unpacked[..., rows.MEAN], unpacked[..., rows.STD])
+        else:
+            value = unpacked[..., rows.FIELDS.index(name)]
+        columns.append(np.where(measured, value, np.nan))
+    return np.stack(columns, axis=-1)
+
+
+def fields_of(values: Floats, stats: tuple[str, ...]) -> Floats:
+    """Rows [..., FIELDS] from statistics [..., stats]; what is not in the statistics, or did not run, is 0."""
+    unpacked = np.zeros((*values.shape[:-1], len(rows.FIELDS)))
+    count = np.nan_to_num(values[..., stats.index("count")])
+    for name in stats:
+        if name in rows.FIELDS:  # of a layer without one finite number, that is counted and nothing else is known
+            known = ~np.isnan(values[..., stats.index(name)]) if name in ("count", "nonfinite", "zeros") else count > 0
+            unpacked[..., rows.FIELDS.index(name)] = np.where(known, values[..., stats.index(name)], 0.0)
+    with np.errstate(invalid="ignore"):
+        shrink = np.sqrt(np.where(count > 1, count - 1, 0) / np.where(count > 0, count, 1))
+    unpacked[..., rows.STD] *= shrink
+    return unpacked
+
+
+def _whole(array: Floats, name: str) -> Ints:
+    if not (np.isfinite(array) & (array >= 0) & (array < 2**53) & (array == np.floor(array))).all():
+        raise ValueError(f"{name} holds something else than whole numbers from 0")
+    return array.astype(np.int64)
+
+
+def _broken(path: Path | str, error: Exception) -> BadFile:
+    return BadFile(
+        f"{path} is not a valid trace ({type(error).__name__}: {error})",
+        "a file written by Trace.save",
+        "It may be truncated or edited; write it again",
+    )
+
+
+def _span(steps: Ints) -> str:
+    return f"steps {steps.min()} to {steps.max()}" if len(steps) else "no steps"
+
+
+def _wrap_hint(name: str) -> str:
+    return f"Pass wrap(..., stats=[{name!r}]) before the run" if name in OPTIONAL else "Check the name"

@@ -1,0 +1,1 @@
+"""What is normal: codebooks, calibration, scores, drift."""

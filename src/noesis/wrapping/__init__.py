@@ -1,0 +1,1 @@
+"""The container: wrap, Wrapped, capture, RunState, Alarms."""
