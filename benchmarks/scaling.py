@@ -25,8 +25,9 @@ from timing import against, check_device, interleave, results_file, spread, writ
 
 import noesis
 from noesis.distributed.traces import PIECE, merge
-from noesis.kernels.rows import FIELDS, combine
-from noesis.results.trace import ALWAYS, fields_of
+from noesis.kernels.layout import FIELDS
+from noesis.kernels.rows import combine
+from noesis.results.statistics import ALWAYS, fields_of
 
 LAYERS = (1, 4, 16, 64, 256, 1024)
 CAPACITY = 256  # steps; what wrap takes by default

@@ -7,13 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from noesis.errors import NoesisError
 from noesis.results.surprise import Surprise
 from noesis.surprise.calibration import LEAST, Calibration, Doubt, Ranks, combine, p_values, split
 from noesis.surprise.codebook import Codebook
-from noesis.surprise.scorer import Coder, Collected
+from noesis.surprise.scorer import Scorer
+from noesis.surprise.vectors import Collected
 
 
 def inputs(generator: np.random.Generator, count: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -31,16 +31,12 @@ def generator_matrix(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((6, 5))
 
 
-def coder(**settings) -> Coder:
-    made = Coder(Codebook(**settings), torch.device("cpu"))
-    for name in ("first", "second", "third"):
-        made.add(name, nn.Identity())
-    made.see_logits()
-    return made
+def scorer(**settings) -> Scorer:
+    return Scorer(Codebook(**settings), ("first", "second", "third"), torch.device("cpu"), logits=True)
 
 
-def judged(made: Coder, layers: dict[str, np.ndarray], logits: np.ndarray) -> Surprise:
-    from noesis.surprise.scorer import Kept
+def judged(made: Scorer, layers: dict[str, np.ndarray], logits: np.ndarray) -> Surprise:
+    from noesis.surprise.vectors import Kept
 
     kept = {name: Kept(torch.from_numpy(values)) for name, values in layers.items()}
     return made.judge(kept, torch.from_numpy(logits))
@@ -54,7 +50,7 @@ def test_false_alarms_are_as_many_as_promised_over_200_seeds(by_class):
     for seed in range(200):
         generator = np.random.default_rng(seed)
         layers, logits = inputs(generator, 660)
-        made = coder(size=8, dim=4, seed=seed)
+        made = scorer(size=8, dim=4, seed=seed)
         calibration = made.calibrate({k: Collected(v) for k, v in layers.items()}, logits, None, by_class)
         fresh = judged(made, *inputs(generator, 300))
         realised.append((fresh.p_value[:, None] <= alphas).mean(0))
@@ -72,7 +68,7 @@ def test_adding_layers_up_by_fishers_table_would_break_it():
     """The reason for ranking the sum once more: layers that depend on each other raise false alarms."""
     stats = pytest.importorskip("scipy.stats")
     generator = np.random.default_rng(0)
-    made = coder(size=8, dim=4)
+    made = scorer(size=8, dim=4)
 
     def alike(count: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
         layers, logits = inputs(generator, count)
@@ -138,7 +134,7 @@ def test_parts_of_a_calibration_set_do_not_overlap():
 
 
 def test_nothing_changes_when_calibration_fails():
-    made = coder(size=8, dim=4)
+    made = scorer(size=8, dim=4)
     layers, logits = inputs(np.random.default_rng(0), 300)
     first = made.calibrate({k: Collected(v) for k, v in layers.items()}, logits, None, False)
     codes = made.books["third"].codes.clone()
@@ -150,7 +146,7 @@ def test_nothing_changes_when_calibration_fails():
 
 
 def test_a_few_bad_calibration_inputs_are_calibration_inputs_all_the_same():
-    made = coder(size=8, dim=4)
+    made = scorer(size=8, dim=4)
     layers, logits = inputs(np.random.default_rng(0), 600)
     layers["second"][::20] = np.inf
     calibration = made.calibrate({k: Collected(v) for k, v in layers.items()}, logits, None, False)
@@ -160,7 +156,7 @@ def test_a_few_bad_calibration_inputs_are_calibration_inputs_all_the_same():
 
 
 def test_logits_that_are_not_finite_are_strange_on_both_sides():
-    made = coder(size=8, dim=4)
+    made = scorer(size=8, dim=4)
     layers, logits = inputs(np.random.default_rng(0), 600)
     made.calibrate({k: Collected(v) for k, v in layers.items()}, logits, None, False)
     layers, logits = inputs(np.random.default_rng(1), 4)

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import noesis
 from noesis.errors import BadFile, BadType, BadValue, MissingFile, TooLarge, WrongState
-from noesis.wrapping.capture import Activations, UnknownLayerError, capture
+from noesis.results.activations import Activations, UnknownLayerError
+from noesis.wrapping.capture import capture
 
 
 def network() -> nn.Sequential:

@@ -27,8 +27,9 @@ from pipelines import PROMPT, build
 
 import noesis
 from noesis.cli import command_line as cli
-from noesis.cli import models as loading
+from noesis.cli import models
 from noesis.cli import prompts as language_models
+from noesis.results import loading
 
 ROOT = Path(__file__).parents[1]
 ONCE = "Once upon a time, there was a little girl"
@@ -90,7 +91,7 @@ def llama(data: Path) -> Path:
 @pytest.fixture(scope="module")
 def changed_llama(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with one weight of layer 3 scaled."""
-    model, tokenizer = loading.load_language_model(str(llama), "cpu")
+    model, tokenizer = models.load_language_model(str(llama), "cpu")
     model.get_submodule("model.layers.3.mlp.down_proj").weight.data.mul_(1.3)
     folder = tmp_path_factory.mktemp("changed")
     model.save_pretrained(folder)
@@ -224,7 +225,7 @@ def test_trace_of_a_language_model(run: Run, llama: Path, tmp_path: Path) -> Non
 
 @pytest.mark.data
 def test_the_text_is_that_of_the_model_itself(llama: Path) -> None:
-    model, tokenizer = loading.load_language_model(str(llama), "cpu")
+    model, tokenizer = models.load_language_model(str(llama), "cpu")
     ids = tokenizer(ONCE, return_tensors="pt")["input_ids"]
     expected = tokenizer.decode(model.generate(ids, max_new_tokens=12, do_sample=False)[0], skip_special_tokens=True)
     before = torch.get_rng_state()
@@ -356,7 +357,7 @@ def test_trace_of_a_pipeline(run: Run, sdxl: Path, tmp_path: Path) -> None:
     assert trace.branches == ["uncond+cond"] * 2
     assert np.isfinite(trace.timesteps).all()
 
-    pipe = loading.load_pipeline(str(sdxl), "cpu")
+    pipe = models.load_pipeline(str(sdxl), "cpu")
     asked = {"negative_prompt": "blurry", "num_inference_steps": 2, "guidance_scale": 4.0, "height": 32, "width": 32}
     expected = pipe(PROMPT, generator=torch.Generator().manual_seed(7), **asked).images[0]
     with PIL.Image.open(image) as written:
@@ -409,17 +410,17 @@ def runs(llama: Path, changed_llama: Path, tmp_path_factory: pytest.TempPathFact
     And of both over the same prompt: `a` and `again`, `b`.
     """
     folder = tmp_path_factory.mktemp("runs")
-    models = {
-        name: loading.load_language_model(str(path), "cpu") for name, path in (("ok", llama), ("bad", changed_llama))
+    loaded = {
+        name: models.load_language_model(str(path), "cpu") for name, path in (("ok", llama), ("bad", changed_llama))
     }
-    model, tokenizer = models["ok"]
+    model, tokenizer = loaded["ok"]
     torch.manual_seed(0)
     ids = model.generate(
         **tokenizer("The", return_tensors="pt"), max_new_tokens=90, num_return_sequences=12, do_sample=True
     )
     stories = tokenizer.batch_decode(ids, skip_special_tokens=True)
     for name, texts in (("ok", stories[:8]), ("bad", stories[8:])):
-        model, tokenizer = models[name]
+        model, tokenizer = loaded[name]
         wrapped = noesis.wrap(model, layers="linear")
         for index, text in enumerate(texts):
             with wrapped.run(prompt=text):
@@ -710,14 +711,14 @@ def test_a_device_that_is_not_there(run: Run, tmp_path: Path) -> None:
 
 def test_a_dtype_that_is_none() -> None:
     with pytest.raises(noesis.NoesisError, match="dtype='int8'. Expected auto or one of float32, float16, bfloat16."):
-        loading.load_language_model("a/b", "cpu", "int8")
+        models.load_language_model("a/b", "cpu", "int8")
 
 
 def test_interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("noesis.cli.models.load_run", interrupt)
+    monkeypatch.setattr("noesis.results.loading.load_run", interrupt)
     assert run("compare", "a", "b") == (130, "", "noesis: interrupted\n")
 
 
@@ -755,7 +756,7 @@ def test_a_library_that_prints_does_not_reach_stdout(run: Run, tmp_path: Path, m
         sys.stdout.write("by the way")
         return load(*args)
 
-    monkeypatch.setattr("noesis.cli.models.load_run", loud)
+    monkeypatch.setattr("noesis.results.loading.load_run", loud)
     done = run("compare", path, path, "--json")
     assert json.loads(done.out)["distance"] == 0
     assert "by the way" in done.err
@@ -883,7 +884,7 @@ def test_unexpected_errors_are_not_taken_for_a_difference(run: Run, monkeypatch:
     def burst(*_: object) -> None:
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr("noesis.cli.models.load_run", burst)
+    monkeypatch.setattr("noesis.results.loading.load_run", burst)
     done = run("compare", "a", "b")
     assert done.code == 2
     assert done.err == "noesis: error: RuntimeError: out of memory (NOESIS_TRACEBACK=1 shows where)\n"

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from noesis.kernels.coding import Book, code_reference, directions
+from noesis.kernels.coding.reference import Book, code_reference, directions
 from noesis.kernels.dispatch import by_numba
 from noesis.kernels.pooling import op as pooling
-from noesis.kernels.pooling import pooled
+from noesis.kernels.pooling import reference as pooling_reference
+from noesis.kernels.pooling.reference import pooled
 from noesis.surprise.codebook import Codebook, LayerCodebook, shrunk
 
 PARTS = ("mixture", "residual", "norm", "distance")
@@ -247,7 +248,7 @@ def test_pooling(shape, samples, channel, positions, dtype):
     expected = wide if positions is None else torch.cat([wide.mean(positions), wide.std(positions, correction=0)], 1)
     found = pooled(x, samples, channel, True)
     assert found.dtype == torch.float32
-    assert found.shape[1] == pooling.width(x, samples, channel, True)
+    assert found.shape[1] == pooling_reference.width(x, samples, channel, True)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
         pooled(x, samples, channel, False).double(), expected[:, : shape[channel]], rtol=1e-5, atol=1e-5
@@ -281,7 +282,7 @@ def test_the_cpu_kernel_pools_alike(view, offset, spread):
     assert by_numba("pooling") is not None
     x = view(torch.randn(3, 20, 30, 40) + offset)
     samples = x.shape[0]
-    kept = Kept(4, pooling.width(x, samples, 1, spread))
+    kept = Kept(4, pooling_reference.width(x, samples, 1, spread))
     kept.control[0] = 1
     pooling.pool_cpu(x, samples, 1, spread, None, kept.buffer, kept.stamp, kept.control)
     torch.testing.assert_close(
@@ -293,7 +294,7 @@ def test_the_cpu_kernel_pools_alike(view, offset, spread):
 class Kept:
     def __init__(self, samples: int, width: int) -> None:
         self.buffer = torch.zeros(samples, width)
-        self.stamp = torch.full((pooling.STAMP,), -1)
+        self.stamp = torch.full((pooling_reference.STAMP,), -1)
         self.control = torch.zeros(9, dtype=torch.int64)
         self.control[4] = 1  # ACTIVE
 
@@ -302,7 +303,7 @@ class Kept:
         path(x, x.shape[0], x.dim() - 1, True, None, self.buffer, self.stamp, self.control)
 
 
-@pytest.mark.parametrize("path", [pooling.pool_reference, pooling.pool_cpu])
+@pytest.mark.parametrize("path", [pooling_reference.pool_reference, pooling.pool_cpu])
 def test_calls_of_one_forward_are_averaged_and_forwards_are_not(path):
     kept = Kept(4, 6)
     first, second, third = (torch.randn(3, 5, 3) for _ in range(3))
@@ -336,7 +337,7 @@ def test_the_triton_kernel_pools_alike(shape, channel, dtype, spread):
     outputs = [(torch.randn(shape) + 100 * offset).to(device, dtype) for offset in (1, 3, 0)]
     if len(shape) == 4:
         outputs[1] = outputs[1].to(memory_format=torch.channels_last)
-    width = pooling.width(outputs[0], 3, channel, spread)
+    width = pooling_reference.width(outputs[0], 3, channel, spread)
     ours, theirs = Kept(4, width), Kept(4, width)
     for kept in (ours, theirs):
         kept.buffer, kept.stamp, kept.control = (t.to(device) for t in (kept.buffer, kept.stamp, kept.control))
@@ -344,7 +345,7 @@ def test_the_triton_kernel_pools_alike(shape, channel, dtype, spread):
         for kept in (ours, theirs):
             kept.control[4], kept.control[0] = active, forward
         pool_triton(x, 3, channel, spread, ours.buffer, ours.stamp, ours.control)
-        pooling.pool_reference(x, 3, channel, spread, None, theirs.buffer, theirs.stamp, theirs.control)
+        pooling_reference.pool_reference(x, 3, channel, spread, None, theirs.buffer, theirs.stamp, theirs.control)
         torch.testing.assert_close(ours.buffer, theirs.buffer, rtol=1e-4, atol=1e-4)
         assert ours.stamp.tolist() == theirs.stamp.tolist()
     x = outputs[0].clone()

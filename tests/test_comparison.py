@@ -13,7 +13,7 @@ from torch import nn
 
 import noesis
 from noesis.numerics import significance
-from noesis.results.trace import ALWAYS
+from noesis.results.statistics import ALWAYS
 
 
 def soulprint(means, stds, layers=None) -> noesis.Soulprint:
@@ -193,7 +193,7 @@ def test_p_values_are_what_they_claim(runs, new, layers):
         spread = np.exp(rng.normal(-3, 0.4, size=layers))
         stds = np.exp(rng.normal(size=(runs + new, layers)) * spread)
         means = rng.normal(size=(runs + new, layers)) * spread
-        judged = significance.judge(means[:runs], stds[:runs], means[runs:], stds[runs:], 1e-5)
+        judged = significance.layer_tests(means[:runs], stds[:runs], means[runs:], stds[runs:], 1e-5)
         found.append(
             [(judged.p_value <= alpha).mean() for alpha in (0.01, 0.05, 0.2)] + [(judged.q_value <= 0.05).any()]
         )
@@ -209,10 +209,10 @@ def test_variances_borrow_strength():
     rng = np.random.default_rng(0)
     stds, means = np.exp(rng.normal(size=(4, 40)) * 0.05), rng.normal(size=(4, 40)) * 0.05
     stds[3, 7] *= 1.5
-    judged = significance.judge(means[:3], stds[:3], means[3:], stds[3:], 1e-5)
+    judged = significance.layer_tests(means[:3], stds[:3], means[3:], stds[3:], 1e-5)
     assert judged.q_value.argmin() == 7
     assert judged.q_value[7] < 0.01
-    alone = significance.judge(means[:3, 5:9], stds[:3, 5:9], means[3:, 5:9], stds[3:, 5:9], 1e-5)
+    alone = significance.layer_tests(means[:3, 5:9], stds[:3, 5:9], means[3:, 5:9], stds[3:, 5:9], 1e-5)
     assert alone.q_value.min() > 0.05
 
 

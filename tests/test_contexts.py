@@ -652,7 +652,7 @@ def test_a_model_that_is_handed_to_a_process(method: str) -> None:
 def test_pickling_for_another_process_leaves_the_memory_where_it_is() -> None:
     wrapped = noesis.wrap(net().eval(), layers="leaves", codebook=noesis.Codebook(size=4))
     wrapped(some(3))
-    bank, channel = wrapped._recorder.banks[0], next(iter(wrapped._recorder.coder.channels.values()))
+    bank, channel = wrapped._recorder.banks[0], next(iter(wrapped._recorder.channels.layers.values()))
     ForkingPickler.dumps(wrapped)  # moves what it shares
     assert wrapped.stem.weight.is_shared()
     for tensor in (bank.slab, bank.totals, bank.steps, bank.control, channel.buffer, channel.stamp):

@@ -26,7 +26,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import noesis
-from noesis.observing.pipelines import DENOISER, guidance_branch
+from noesis.layers.denoisers import DENOISER
+from noesis.observing.pipeline_meta import guidance_branch
 
 FIVE = ["sdxl", "sd15", "sd3", "flux", "pixart"]
 

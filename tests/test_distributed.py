@@ -22,8 +22,8 @@ from noesis import Trace
 from noesis.distributed import traces as distributed
 from noesis.distributed.traces import merge
 from noesis.files import load_tensors
-from noesis.kernels import rows
-from noesis.results.trace import ALWAYS, fields_of, stats_of
+from noesis.kernels import layout, rows
+from noesis.results.statistics import ALWAYS, fields_of, stats_of
 
 SCRIPTS = Path(__file__).parent / "distributed"
 
@@ -206,7 +206,7 @@ def test_uneven_and_empty_ranks(four: Path) -> None:
     assert whole.layers == ["first", "other", "last"]
     assert whole.stats == (*ALWAYS, "zeros", "rms")
     # The ranks' float32 rows, merged in float64.
-    parts = np.zeros((4, 7, 3, len(rows.FIELDS)))
+    parts = np.zeros((4, 7, 3, len(layout.FIELDS)))
     for rank, trace in enumerate(traces):
         parts[rank, : len(trace)] = fields_of(trace.values, trace.stats)
     expected = stats_of(rows.combine(parts), whole.stats)

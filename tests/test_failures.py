@@ -295,7 +295,7 @@ class Interrupt:
 
     def _call(self, frame: FrameType, _event: str, _value: Any) -> Any:
         path = Path(frame.f_code.co_filename)
-        return self._line if path.parent.name == "noesis" and path.name in self.files else None
+        return self._line if "noesis" in path.parts and path.name in self.files else None
 
     def _line(self, frame: FrameType, event: str, _value: Any) -> Any:
         if event == "line":
@@ -307,7 +307,7 @@ class Interrupt:
         return self._line
 
 
-FITTING = ("coder.py", "codebook.py", "calibration.py", "clustering.py", "calibration_files.py")
+FITTING = ("scorer.py", "codebook.py", "calibration.py", "clustering.py", "calibration_file.py")
 
 
 @pytest.mark.parametrize("how", ["calibrate", "load"])
@@ -470,7 +470,7 @@ def activations_of(scale: float) -> noesis.Activations:
 
 
 def deltas_of(scale: float) -> noesis.TokenDeltas:
-    from noesis.wrapping.capture import Activations
+    from noesis.results.activations import Activations
 
     acts = [Activations({"a": [factor * inputs(1, 1)]}) for factor in (1.0, scale)]
     return noesis.token_deltas(*acts, list("abcde"), list("abcde"))

@@ -14,13 +14,14 @@ from loguru import logger
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from noesis.kernels import dispatch as kernels
-from noesis.kernels import rows
+from noesis.kernels import layout, rows
+from noesis.kernels.layout import CALLS, FIELDS, ORDER
 from noesis.kernels.moments import _numpy as moments_numpy
 from noesis.kernels.moments import op as moments
-from noesis.kernels.rows import CALLS, FIELDS, ORDER
-from noesis.kernels.stepping import op as stepping
+from noesis.kernels.moments import reference
+from noesis.kernels.stepping import reference as stepping
 
-EXACT = [rows.COUNT, rows.NONFINITE, rows.ZEROS, rows.MIN, rows.MAX]
+EXACT = [layout.COUNT, layout.NONFINITE, layout.ZEROS, layout.MIN, layout.MAX]
 
 
 def expected(x: torch.Tensor) -> np.ndarray:
@@ -28,12 +29,12 @@ def expected(x: torch.Tensor) -> np.ndarray:
     values = x.detach().double().flatten().numpy()
     finite = values[np.isfinite(values)]
     row = np.zeros(len(FIELDS))
-    row[rows.COUNT], row[rows.NONFINITE] = len(finite), len(values) - len(finite)
+    row[layout.COUNT], row[layout.NONFINITE] = len(finite), len(values) - len(finite)
     if len(finite):
-        row[rows.MEAN], row[rows.STD] = finite.mean(), finite.std()
-        row[rows.ABS_MEAN] = np.abs(finite).mean()
-        row[rows.MIN], row[rows.MAX] = finite.min(), finite.max()
-        row[rows.ZEROS] = (finite == 0).sum()
+        row[layout.MEAN], row[layout.STD] = finite.mean(), finite.std()
+        row[layout.ABS_MEAN] = np.abs(finite).mean()
+        row[layout.MIN], row[layout.MAX] = finite.min(), finite.max()
+        row[layout.ZEROS] = (finite == 0).sum()
     return row
 
 
@@ -41,10 +42,10 @@ def check(row: np.ndarray, x: torch.Tensor, tolerance: float = 2e-6) -> None:
     want = expected(x)
     np.testing.assert_array_equal(row[EXACT], want[EXACT])
     # The mean may be off by rounding in the largest element; the spread by rounding in itself.
-    size = np.abs(want[[rows.MIN, rows.MAX]]).max()
-    assert abs(row[rows.MEAN] - want[rows.MEAN]) <= tolerance * size
-    assert abs(row[rows.ABS_MEAN] - want[rows.ABS_MEAN]) <= tolerance * size
-    assert row[rows.STD] == pytest.approx(want[rows.STD], rel=1e-5, abs=tolerance * size * 1e-3)
+    size = np.abs(want[[layout.MIN, layout.MAX]]).max()
+    assert abs(row[layout.MEAN] - want[layout.MEAN]) <= tolerance * size
+    assert abs(row[layout.ABS_MEAN] - want[layout.ABS_MEAN]) <= tolerance * size
+    assert row[layout.STD] == pytest.approx(want[layout.STD], rel=1e-5, abs=tolerance * size * 1e-3)
 
 
 def observed_by(observe, x: torch.Tensor) -> np.ndarray:
@@ -63,7 +64,7 @@ def by_numpy(x: torch.Tensor) -> np.ndarray:
 
 
 def by_reference(x: torch.Tensor) -> np.ndarray:
-    return moments.reference(moments.by_sample(x, 0), True)[0].numpy()
+    return reference.measure_reference(reference.by_sample(x, 0), True)[0].numpy()
 
 
 PATHS = pytest.mark.parametrize("path", [by_numba, by_numpy, by_reference])
@@ -100,9 +101,9 @@ def test_one_thread_takes_other_operations(size, dtype):
 @pytest.mark.parametrize("offset", [0.0, 10.0, 1000.0, -1000.0])
 def test_mean_far_from_zero(path, offset):
     x = torch.randn(300_000) + offset
-    assert path(x)[rows.STD] == pytest.approx(expected(x)[rows.STD], rel=2e-6)
+    assert path(x)[layout.STD] == pytest.approx(expected(x)[layout.STD], rel=2e-6)
     half = (torch.randn(300_000) + offset).half()
-    assert path(half)[rows.STD] == pytest.approx(expected(half)[rows.STD], rel=1e-5)
+    assert path(half)[layout.STD] == pytest.approx(expected(half)[layout.STD], rel=1e-5)
 
 
 @PATHS
@@ -162,17 +163,17 @@ def test_strides(path, view):
 
 def test_storage_order_does_not_copy():
     x = torch.randn(2, 8, 5, 5).to(memory_format=torch.channels_last)
-    assert moments.storage_order(x).data_ptr() == x.data_ptr()
-    assert moments.storage_order(x).dim() == 1
+    assert reference.storage_order(x).data_ptr() == x.data_ptr()
+    assert reference.storage_order(x).dim() == 1
 
 
 def test_counts_are_exact_past_two_to_the_24():
     unpacked = np.zeros((1, len(FIELDS)))
     for count in (2**24 + 1, 2**31 + 12345, 2**40 + 1):
-        unpacked[0, rows.COUNT] = unpacked[0, rows.NONFINITE] = unpacked[0, rows.ZEROS] = count
-        slots = rows.pack(unpacked, np.zeros((1, rows.SLOTS), dtype=np.float32))
+        unpacked[0, layout.COUNT] = unpacked[0, layout.NONFINITE] = unpacked[0, layout.ZEROS] = count
+        slots = rows.pack(unpacked, np.zeros((1, layout.SLOTS), dtype=np.float32))
         assert slots.dtype == np.float32
-        assert rows.unpack(slots, np.zeros_like(unpacked))[0, rows.COUNT] == count
+        assert rows.unpack(slots, np.zeros_like(unpacked))[0, layout.COUNT] == count
 
 
 @settings(max_examples=60, deadline=None)
@@ -209,14 +210,14 @@ class State:
         fold: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.slab = torch.zeros(capacity + 1, 1 + samples, layers, rows.SLOTS, device=device)
-        self.totals = torch.zeros(1 + samples, layers, stepping.TOTALS, dtype=torch.float64, device=device)
-        self.steps = torch.zeros(capacity, stepping.STEP, dtype=torch.float64, device=device)
-        self.control = torch.zeros(stepping.CONTROL, dtype=torch.int64, device=device)
-        self.control[stepping.EVERY] = every
-        self.control[stepping.FOLD] = fold
-        self.control[stepping.SLOT] = capacity
-        self.control[stepping.ENABLED] = self.control[stepping.ACTIVE] = 1
+        self.slab = torch.zeros(capacity + 1, 1 + samples, layers, layout.SLOTS, device=device)
+        self.totals = torch.zeros(1 + samples, layers, layout.TOTALS, dtype=torch.float64, device=device)
+        self.steps = torch.zeros(capacity, layout.STEP, dtype=torch.float64, device=device)
+        self.control = torch.zeros(layout.CONTROL, dtype=torch.int64, device=device)
+        self.control[layout.EVERY] = every
+        self.control[layout.FOLD] = fold
+        self.control[layout.SLOT] = capacity
+        self.control[layout.ENABLED] = self.control[layout.ACTIVE] = 1
 
     def all(self) -> tuple[torch.Tensor, ...]:
         return self.slab, self.totals, self.steps, self.control
@@ -238,10 +239,10 @@ def play(state: State, path: str, samples: int = 0) -> None:
         if path == "numba":
             moments.observe_cpu(x, index, samples, True, state.slab.numpy(), state.control.numpy())
         elif path == "numpy":
-            if state.control[stepping.ACTIVE]:
+            if state.control[layout.ACTIVE]:
                 moments_numpy.observe(x, samples, True, index, state.slab.numpy(), state.control.numpy())
         elif path == "reference":
-            moments.observe_reference(x, layer[index], samples, True, state.slab, state.control)
+            reference.observe_reference(x, layer[index], samples, True, state.slab, state.control)
         else:
             from noesis.kernels.moments._triton import observe_triton
 
@@ -290,7 +291,7 @@ def test_device_path_and_cpu_path_agree(path, samples, every):
     play(device, "reference", samples)
     for one, other, name in zip(cpu.all(), device.all(), ("slab", "totals", "steps", "control"), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
-    assert int(cpu.control[stepping.OBSERVED]) == (9 if every == 1 else 5)
+    assert int(cpu.control[layout.OBSERVED]) == (9 if every == 1 else 5)
 
 
 @pytest.mark.parametrize("samples", [0, 2])
@@ -298,7 +299,7 @@ def test_adding_several_steps_to_the_totals_at_once(samples):
     one, many = State(samples=samples, capacity=4), State(samples=samples, capacity=4, fold=3)
     play(one, "numba", samples)
     play(many, "numba", samples)
-    assert (one.control[stepping.FOLDED], many.control[stepping.FOLDED]) == (5, 6)
+    assert (one.control[layout.FOLDED], many.control[layout.FOLDED]) == (5, 6)
     rest = rows.unpack(one.slab[[5 % 4]].numpy(), np.zeros((1, 1 + samples, 2, len(FIELDS))))
     np.testing.assert_allclose(stepping.add_steps(one.totals.numpy(), rest), many.totals.numpy(), rtol=1e-12)
 
@@ -309,7 +310,7 @@ def test_a_step_merges_calls_and_keeps_the_order():
     last = rows.unpack(state.slab[(9 - 1) % 3, 0].numpy(), np.zeros((2, len(FIELDS))))
     assert last[:, CALLS].tolist() == [2, 1]
     assert last[:, ORDER].tolist() == [1, 2]
-    assert last[0, rows.COUNT] == 2 * 30 + 4 * 5
+    assert last[0, layout.COUNT] == 2 * 30 + 4 * 5
 
 
 def test_a_lazily_negated_view(one_thread):
@@ -327,8 +328,8 @@ def test_the_device_path_never_waits_for_the_device():
         state = State(samples=2)
         x = torch.empty(2, 5000)
         stepping.begin_reference(torch.zeros((), dtype=torch.float64), 0, 2, *state.all())
-        moments.observe_reference(x, torch.zeros((), dtype=torch.int64), 2, True, state.slab, state.control)
-        moments.observe_reference(x, torch.zeros((), dtype=torch.int64), 0, True, state.slab, state.control)
+        reference.observe_reference(x, torch.zeros((), dtype=torch.int64), 2, True, state.slab, state.control)
+        reference.observe_reference(x, torch.zeros((), dtype=torch.int64), 0, True, state.slab, state.control)
         stepping.end(state.control, 3)
         with pytest.raises(Exception, match=r"data-dependent|aten\._local_scalar_dense"):
             moments.observe_cpu(x, 0, 0, True, state.slab, state.control)  # the check can fail

@@ -23,6 +23,7 @@ from matplotlib.image import imread
 import noesis
 from noesis.errors import BadValue, MissingExtra
 from noesis.plots import figures as plots
+from noesis.plots import style
 
 #: What formulas, formats, legends and fonts are made to trip over.
 AWKWARD = ["$x_1$", "_head", "100%s {} \\frac{1}{0}", "a\nb\tc", "ä.漢字.☃", "$", ""]
@@ -140,12 +141,12 @@ def test_awkward_titles_columns_and_runs() -> None:
 
 
 def test_a_long_name_keeps_its_numbers_and_its_end() -> None:
-    assert plots.shortened("blocks.3.mlp") == "blocks.3.mlp"
+    assert style.shortened("blocks.3.mlp") == "blocks.3.mlp"
     names = many(400)
-    assert len({plots.shortened(name) for name in names}) == 400
-    assert max(len(plots.shortened(name)) for name in names) <= plots.LONGEST_LABEL
-    assert plots.shortened("x" * 50, 21) == "x" * 10 + "…" + "x" * 10
-    assert plots.shortened(".".join("abcd" * 20), 21) == "a.b.c.d.a.….c.d.a.b.c.d"[:10] + "…" + ".b.c.d.a.b.c.d"[-10:]
+    assert len({style.shortened(name) for name in names}) == 400
+    assert max(len(style.shortened(name)) for name in names) <= style.LONGEST_LABEL
+    assert style.shortened("x" * 50, 21) == "x" * 10 + "…" + "x" * 10
+    assert style.shortened(".".join("abcd" * 20), 21) == "a.b.c.d.a.….c.d.a.b.c.d"[:10] + "…" + ".b.c.d.a.b.c.d"[-10:]
 
 
 # ---------------------------------------------------------------- legible at any size
@@ -164,7 +165,7 @@ def test_labels_do_not_overlap(kind: str, count: int) -> None:
     assert min(box.x0 for box in boxes) >= 0, "a label is cut off"
     width, height = figure.get_size_inches()
     assert width <= 13
-    assert height <= plots.TALLEST
+    assert height <= style.TALLEST
 
 
 @pytest.mark.parametrize("columns", [list(range(2000)), [f"token number {i}" for i in range(120)]])
@@ -178,9 +179,9 @@ def test_column_labels_do_not_overlap(columns: list[Any]) -> None:
 
 
 def test_thinned() -> None:
-    assert plots.thinned(7, 7) == list(range(7))
-    assert plots.thinned(400, 99) == list(range(0, 400, 5))
-    assert plots.thinned(3, 0) == [0]
+    assert style.thinned(7, 7) == list(range(7))
+    assert style.thinned(400, 99) == list(range(0, 400, 5))
+    assert style.thinned(3, 0) == [0]
 
 
 # ---------------------------------------------------------------- heat maps
@@ -195,9 +196,9 @@ def test_what_has_no_value_is_grey_and_said_so() -> None:
     table = np.array([[1.0, np.nan], [np.inf, 2.0]])
     figure = plots.heat_map(table, ["a", "b"], [0, 1], title="t")
     assert figure.axes[0].images[0].get_array().mask.tolist() == [[False, True], [True, False]]
-    assert colour_of(figure, np.nan) == plots.MISSING
+    assert colour_of(figure, np.nan) == style.MISSING
     assert figure.axes[0].get_title(loc="right") == "grey: no value"
-    grey = [int(plots.MISSING[at : at + 2], 16) for at in (1, 3, 5)]
+    grey = [int(style.MISSING[at : at + 2], 16) for at in (1, 3, 5)]
     assert (pixels(figure)[..., :3] == grey).all(-1).mean() > 0.2, "no grey area was drawn"
     assert plots.heat_map(np.ones((1, 1)), ["a"], [0], title="t").axes[0].get_title(loc="right") == ""
 
@@ -333,7 +334,7 @@ def test_changed_layers_stand_out() -> None:
     rows = rows_of(["a", "b", "c", "d"], judged=True)
     figure = plots.effects(rows)
     assert row_labels(figure)[0] == "b"
-    assert bar_colours(figure) == [plots.LOUD, *[plots.QUIET] * 3]
+    assert bar_colours(figure) == [style.LOUD, *[style.QUIET] * 3]
     assert [bar.get_width() for bar in figure.axes[0].patches] == [row.effect for row in rows]
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert labels == ["changed", "within the noise of the baseline"]
@@ -343,7 +344,7 @@ def test_changed_layers_stand_out() -> None:
 
 def test_without_a_baseline_nothing_is_called_changed() -> None:
     figure = plots.effects(rows_of(["a", "b", "c"], judged=False))
-    assert set(bar_colours(figure)) == {plots.FIRST}
+    assert set(bar_colours(figure)) == {style.FIRST}
     assert figure.axes[0].get_legend() is None
 
 
@@ -388,7 +389,7 @@ def test_sets_share_bins_and_are_shares_of_themselves() -> None:
     both = np.concatenate(list(sets.values()))
     assert (edges(figure)[0], edges(figure)[-1]) == (both.min(), both.max())
     colours = [to_hex(patch.get_edgecolor()) for patch in figure.axes[0].patches if not patch.get_fill()]
-    assert colours == [plots.FIRST, plots.SECOND]
+    assert colours == [style.FIRST, style.SECOND]
     assert pixels(figure).std() > 1
 
 

@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 import noesis
 from noesis import NoesisError, Routes
-from noesis.kernels import routing
-from noesis.kernels.routing import RouteBank
-from noesis.kernels.stepping import op as stepping
+from noesis.kernels import layout, routing
+from noesis.observing import route_bank
+from noesis.observing.route_bank import RouteBank
 
 STATISTICS = ("tokens", "expert_load", "entropy", "cv", "idle", "switching")
 
@@ -247,7 +247,7 @@ def assert_equal(one: Routes, other: Routes) -> None:
 def test_coactivation_of_the_latest_steps_within_bounds(monkeypatch, tmp_path):
     every = noesis.wrap(small(), layers="routers")
     run(every, 7)
-    monkeypatch.setattr(routing, "PAIRS_BYTES", 3 * 8 * 2 * 4**2)  # room for three steps
+    monkeypatch.setattr(route_bank, "PAIRS_BYTES", 3 * 8 * 2 * 4**2)  # room for three steps
     for capacity in (5, 100):
         latest = noesis.wrap(small(), layers="routers", capacity=capacity)
         run(latest, 7)
@@ -376,8 +376,8 @@ def test_what_is_called_before_a_forward_left_out_goes_with_it():
 
 
 def state(capacity: int = 4, layers: int = 2, experts: int = 5, device: str = "cpu") -> tuple[RouteBank, Tensor]:
-    control = torch.zeros(stepping.CONTROL, dtype=torch.int64, device=device)
-    control[stepping.EVERY] = control[stepping.ENABLED] = control[stepping.ACTIVE] = control[stepping.FORWARDS] = 1
+    control = torch.zeros(layout.CONTROL, dtype=torch.int64, device=device)
+    control[layout.EVERY] = control[layout.ENABLED] = control[layout.ACTIVE] = control[layout.FORWARDS] = 1
     return RouteBank(torch.device(device), layers, experts, capacity), control
 
 
@@ -404,7 +404,7 @@ def test_the_operation_is_the_same_behind_every_door(dtype):
     indices = logits.topk(2).indices.int()
     banks = [
         call(logits, indices, 3, how)
-        for how in (routing.routing_reference, routing._routing_cpu, torch.ops.noesis.routing)
+        for how in (routing.routing_reference, routing.routing_cpu, torch.ops.noesis.routing)
     ]
     for bank in banks[1:]:
         for name in ("sums", "pairs", "last"):
@@ -416,9 +416,9 @@ def test_the_operation_is_the_same_behind_every_door(dtype):
 
 
 def test_nothing_changes_while_inactive():
-    for how in (routing.routing_reference, routing._routing_cpu):
+    for how in (routing.routing_reference, routing.routing_cpu):
         bank, control = state()
-        control[stepping.ACTIVE] = 0
+        control[layout.ACTIVE] = 0
         for tensor in (bank.sums, bank.pairs, bank.last):
             tensor.random_(0, 9)
         before = copy.deepcopy(bank)
@@ -641,7 +641,7 @@ def test_routers_that_choose_in_groups_or_keep_logits_elsewhere():
 
 
 def test_probabilities_are_taken_as_such():
-    from noesis.results.routes import Router
+    from noesis.layers.routers import Router
 
     p = torch.tensor([[0.5, 0.25, 0.25, 0.0]])
     logits, _ = Router("router", 0, experts=4, top_k=2, place=0, probabilities=True).read((p,))

@@ -33,7 +33,7 @@ from torch import nn
 import noesis
 from noesis.files import LEAST_BOUND, writer
 from noesis.kernels.routing import FIELDS
-from noesis.results.trace import ALWAYS
+from noesis.results.statistics import ALWAYS
 
 #: Cases over all formats.
 CASES = int(os.environ.get("NOESIS_FUZZ_CASES", "10000"))
@@ -712,7 +712,7 @@ def test_what_is_shown_obeys_no_name() -> None:
 def test_the_command_line_prints_no_control_characters(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], command: str
 ) -> None:
-    from noesis.cli import main
+    from noesis.cli.command_line import main
 
     path = hostile().save(tmp_path / "t.safetensors")
     second = other().save(tmp_path / "o.json")

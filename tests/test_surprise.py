@@ -515,7 +515,7 @@ def test_layers_that_run_now_and_then_are_left_out_by_name(net: Net) -> None:
 
 
 def test_of_many_samples_a_random_choice_is_kept(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("noesis.wrapping.calibration_loop.MOST_SAMPLES", 150)
+    monkeypatch.setattr("noesis.surprise.collection.MOST_SAMPLES", 150)
     wrapped = noesis.wrap(net, layers=LAYERS, codebook=noesis.Codebook())
     assert sum(wrapped.calibrate(list(normal(1000).split(64)), progress=False).samples) == 150
 
@@ -673,7 +673,7 @@ def test_a_coding_loss_keeps_nothing_longer_than_a_step() -> None:
     model = Calls(nn.Linear(4, 6), lambda x: [x, 2 * x])
     settings = noesis.Codebook(size=4, dim=2, learn="gradient", detach=False)
     wrapped = noesis.wrap(model, layers="layer", codebook=settings)
-    channel = wrapped._recorder.coder.channels["layer"]
+    channel = wrapped._recorder.channels.layers["layer"]
     for _ in range(3):
         x = torch.randn(40, 4)
         wrapped(x)
@@ -766,7 +766,7 @@ def test_compiled_code_writes_no_vectors_of_another_width() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Identity())
     wrapped = noesis.wrap(model, layers=["0", "1"], codebook=noesis.Codebook())
     wrapped.calibrate([torch.randn(200, 4)], progress=False)
-    channel = wrapped._recorder.coder.channels["1"]
+    channel = wrapped._recorder.channels.layers["1"]
     with torch.no_grad():
         wrapped(torch.randn(3, 4))
         channel.buffer.fill_(7.0)
@@ -800,8 +800,8 @@ class Calls(nn.Module):
 
 def vectors_of(wrapped: noesis.Wrapped, name: str = "layer") -> torch.Tensor:
     """What is kept of a layer's latest forward."""
-    coder = wrapped._recorder.coder
-    kept = coder.kept(wrapped._forwards())[name]
+    channels = wrapped._recorder.channels
+    kept = channels.kept(wrapped._forwards())[name]
     return kept.vectors if kept.each is None else kept.each
 
 
@@ -849,7 +849,7 @@ def test_calls_that_do_not_fit_together_leave_the_layer_out_by_name(positions: s
     assert f"1.layer is left out of the calibration: {why}" in said
     for size, layers in ((0, {"0"}), (100, {"0", "1.layer"}), (0, {"0"})):  # of one call alone nothing is amiss
         wrapped(torch.randn(2, 5, 4) + size)
-        assert set(wrapped._recorder.coder.kept(wrapped._forwards())) == layers
+        assert set(wrapped._recorder.channels.kept(wrapped._forwards())) == layers
 
 
 @pytest.mark.slow

@@ -17,8 +17,9 @@ from torch import Tensor
 import noesis
 from noesis.errors import BadFile, BadType, BadValue, MissingFile
 from noesis.numerics.alignment import align
+from noesis.results.activations import Activations
 from noesis.results.token_deltas import NOISE, TokenDeltas, cosine_delta, token_deltas
-from noesis.wrapping.capture import Activations, capture
+from noesis.wrapping.capture import capture
 
 BEFORE = "Once upon a time, there was a little girl named Lily. She loved the big dog."
 CHANGED = "Once upon a time, there was a little boy named Lily. She loved the big dog."

@@ -23,12 +23,13 @@ from torch import nn
 import noesis
 from noesis.kernels import dispatch as kernels
 from noesis.kernels import rows
+from noesis.kernels.layout import CALLS, FIELDS, ORDER
 from noesis.kernels.moments import op as moments
-from noesis.kernels.rows import CALLS, FIELDS, ORDER
 from noesis.kernels.stepping import op as stepping
 
 pytest.importorskip("triton")
 
+from noesis.kernels import layout
 from noesis.kernels.launching import LANES
 from noesis.kernels.moments import _triton as moments_triton
 
@@ -53,7 +54,7 @@ def measured(x: torch.Tensor, samples: int = 0, calls: int = 1) -> np.ndarray:
             x, torch.tensor(3, device=DEVICE), samples, True, state.slab, state.control, state.scratch
         )
     slab = state.slab.cpu().numpy()
-    assert state.control[stepping.SEQUENCE] == calls
+    assert state.control[layout.SEQUENCE] == calls
     assert not slab[:-1].any()
     assert not slab[-1][:, [0, 1, 2, 4]].any()  # other layers
     return rows.unpack(slab[-1], np.zeros((1 + samples, 5, len(FIELDS))))[:, 3]
@@ -85,7 +86,7 @@ def test_any_size_and_alignment(size, offset, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_mean_far_from_zero(offset, dtype):
     x = (torch.randn(200_000) + offset).to(DEVICE, dtype)
-    assert measured(x)[0, rows.STD] == pytest.approx(x.double().std(unbiased=False).item(), rel=1e-5)
+    assert measured(x)[0, layout.STD] == pytest.approx(x.double().std(unbiased=False).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -179,17 +180,17 @@ def test_a_module_called_several_times_merges_its_calls():
 def test_counts_stay_exact_beyond_float32():
     state = State(layers=1, device=DEVICE)
     held = np.zeros((1, len(FIELDS)))
-    held[0, [rows.COUNT, rows.NONFINITE, CALLS]] = 2**33 + 1, 2**24 - 1, 1
-    state.slab[-1, 0] = torch.from_numpy(rows.pack(held, np.zeros((1, rows.SLOTS), dtype=np.float32)))
+    held[0, [layout.COUNT, layout.NONFINITE, CALLS]] = 2**33 + 1, 2**24 - 1, 1
+    state.slab[-1, 0] = torch.from_numpy(rows.pack(held, np.zeros((1, layout.SLOTS), dtype=np.float32)))
     x = torch.tensor([1.0, math.nan], device=DEVICE)
     moments_triton.observe_triton(x, torch.tensor(0, device=DEVICE), 0, True, state.slab, state.control, state.scratch)
     row = rows.unpack(state.slab[-1, 0, 0].cpu().numpy(), np.zeros(len(FIELDS)))
-    assert (row[rows.COUNT], row[rows.NONFINITE]) == (2**33 + 2, 2**24)
+    assert (row[layout.COUNT], row[layout.NONFINITE]) == (2**33 + 2, 2**24)
 
 
 def test_nothing_is_written_while_inactive():
     state = State(device=DEVICE)
-    state.control[stepping.ACTIVE] = 0
+    state.control[layout.ACTIVE] = 0
     before = state.slab.clone(), state.control.clone()
     for size in (10, 70_001):
         x = torch.randn(size, device=DEVICE)
@@ -221,8 +222,8 @@ def test_zeros_cost_nothing_unless_asked_for():
         torch.zeros(9, device=DEVICE),
         torch.tensor(0, device=DEVICE), 0, False, state.slab, state.control, state.scratch,
     )  # fmt: skip
-    assert state.slab[-1, 0, 0, rows.ZEROS] == 0
-    assert state.slab[-1, 0, 0, rows.COUNT] == 9
+    assert state.slab[-1, 0, 0, layout.ZEROS] == 0
+    assert state.slab[-1, 0, 0, layout.COUNT] == 9
 
 
 # ---------------------------------------------------------------- steps

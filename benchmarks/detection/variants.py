@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import noesis
-from noesis.kernels.pooling import pooled
+from noesis.kernels.pooling.reference import pooled
 from noesis.layers.outputs import hidden_state
 from noesis.surprise.calibration import Doubt, Ranks, combine, split
 from noesis.surprise.codebook import LayerCodebook
-from noesis.surprise.scorer import less
+from noesis.surprise.scorer import less_rounding
 
 from .detector import batches
 from .sets import Case
@@ -116,7 +116,7 @@ def scores(variant: Variant, names: list[str], sets: dict[str, Vectors], seed: i
         for name, values in x.items():
             coded = book.code(torch.from_numpy(undirected(values, scale)).float())
             nats = sum(getattr(coded, part).double() for part in variant.parts).numpy()
-            lengths[name].append(nats if name == "fit" else less(nats, book))
+            lengths[name].append(nats if name == "fit" else less_rounding(nats, book))
         ranks.append(Ranks.of(lengths["fit"][-1][rank]))
     doubt = None
     if variant.doubt is not None:

@@ -12,7 +12,9 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .errors import NoesisError, NoesisWarning
     from .observing.observed import Observed
-    from .results.comparison import Comparison, Divergence, compare
+    from .results.activations import Activations
+    from .results.comparison import Comparison, compare
+    from .results.divergence import Divergence
     from .results.routes import Routes
     from .results.soulprint import Soulprint
     from .results.surprise import Surprise
@@ -22,9 +24,10 @@ if TYPE_CHECKING:
     from .surprise.codebook import Codebook
     from .surprise.drift import DriftMonitor
     from .wrapping.alarms import Alarm, Alarms
-    from .wrapping.capture import Activations, capture
+    from .wrapping.capture import capture
     from .wrapping.run_state import RunState
-    from .wrapping.wrap import Wrapped, wrap
+    from .wrapping.wrap import wrap
+    from .wrapping.wrapped import Wrapped
 
 _logger.disable("noesis")  # a library is quiet; `logger.enable("noesis")` lets it speak
 
@@ -62,7 +65,7 @@ _HOMES = {
     "Calibration": "surprise.calibration",
     "Codebook": "surprise.codebook",
     "Comparison": "results.comparison",
-    "Divergence": "results.comparison",
+    "Divergence": "results.divergence",
     "DriftMonitor": "surprise.drift",
     "NoesisError": "errors",
     "NoesisWarning": "errors",

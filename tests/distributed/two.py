@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import noesis
-from noesis.wrapping import calibration_loop as collecting
+from noesis.surprise import collection
 
 
 def small() -> nn.Sequential:
@@ -133,7 +133,7 @@ def tensor_parallel(rank: int, folder: Path) -> tuple[dict[str, bool], dict[str,
         same[way] = all(torch.equal(one, other) for one, other in zip(*found, strict=True))
         wrapped.trace(group=dist.group.WORLD).save(folder / f"tensor parallel {way}.{rank}.safetensors")
         wrapped.gradients(group=dist.group.WORLD).save(folder / f"tensor parallel gradients {way}.{rank}.safetensors")
-        uncoded[way] = wrapped._recorder.coder.uncoded
+        uncoded[way] = wrapped._recorder.channels.uncoded
     return same, uncoded
 
 
@@ -163,9 +163,9 @@ def calibration(rank: int, folder: Path) -> dict[str, object]:
     model = coded()
     told["one"] = repr(model.calibrate(normal() if rank else [], progress=False, group=world, timeout=20))
     model.save_calibration(folder / f"one.{rank}.safetensors")
-    most, collecting.MOST_SAMPLES = collecting.MOST_SAMPLES, 240
+    most, collection.MOST_SAMPLES = collection.MOST_SAMPLES, 240
     told["chosen"] = repr(coded().calibrate(own, progress=False, group=world, timeout=20))
-    collecting.MOST_SAMPLES = most
+    collection.MOST_SAMPLES = most
 
     def breaking() -> Iterator[Tensor]:
         yield from normal()

@@ -216,20 +216,20 @@ def test_codebooks_keep_vectors_of_every_sample(entry: Entry) -> None:
     wrapped = noesis.wrap(observed, layers="blocks", codebook=noesis.Codebook(), logits=entry.logits)
     with torch.no_grad():
         assert_same(seeded(bare, entry), seeded(wrapped, entry))
-    coder, trace, forwards = wrapped._coder(), wrapped.trace(), wrapped._forwards()
+    channels, trace, forwards = wrapped._channels(), wrapped.trace(), wrapped._forwards()
     inputs = entry.inputs()
     batch = batch_of((), inputs) if isinstance(inputs, dict) else batch_of(inputs, {})
-    kept = {name: channel.kept(forwards) for name, channel in coder.channels.items()}
+    kept = {name: channel.kept(forwards) for name, channel in channels.layers.items()}
     kept = {name: found.vectors for name, found in kept.items() if found is not None}
     assert all(len(vectors) == batch and vectors.isfinite().all() for vectors in kept.values())
-    left_out = {*trace.unmeasured, *trace.never_ran, *coder.uncoded}
-    assert set(coder.channels) == set(kept) | left_out
+    left_out = {*trace.unmeasured, *trace.never_ran, *channels.uncoded}
+    assert set(channels.layers) == set(kept) | left_out
     assert not set(kept) & left_out
     if entry.coded:
         assert kept
     if entry.logits is not None:
-        assert coder.doubt is not None
-        assert len(coder.doubt.kept(forwards).vectors) == batch
+        assert channels.doubt is not None
+        assert len(channels.doubt.kept(forwards).vectors) == batch
 
 
 # ---------------------------------------------------------------- torch.compile

@@ -15,13 +15,14 @@ import torch
 from .. import files
 from ..errors import BadValue, WrongState, require
 from ..layers.selecting import select
+from ..results import loading
 from ..results.comparison import compare
 from ..results.token_deltas import token_deltas
 from ..results.trace import Trace
 from ..text import table
 from ..wrapping.capture import capture
 from ..wrapping.wrap import wrap
-from . import models as loading
+from . import models
 
 #: Exit code of a comparison past the bound of --fail-over.
 FAILED = 1
@@ -51,8 +52,8 @@ Note = Callable[[str], None]
 def _trace(args: Namespace, note: Note) -> Answer:
     out = Path(args.out)
     _check_format(args, out)
-    args.device = loading.device_of(args.device)  # first of all, since it costs nothing
-    pipeline = loading.kind_of(args.model) == "pipeline"
+    args.device = models.device_of(args.device)  # first of all, since it costs nothing
+    pipeline = models.kind_of(args.model) == "pipeline"
     if not pipeline:
         trace, ending = _trace_language_model(args)
         _write(trace, out, args, note)
@@ -68,7 +69,7 @@ def _trace(args: Namespace, note: Note) -> Answer:
 def _trace_pipeline(args: Namespace) -> tuple[Trace, Any]:
     """The trace of one call of a pipeline, and what the pipeline returned."""
     _refuse(args, "a language model", "max_new_tokens", "temperature")
-    pipe = loading.load_pipeline(args.model, args.device, args.dtype)
+    pipe = models.load_pipeline(args.model, args.device, args.dtype)
     parameters = inspect.signature(pipe.__call__).parameters
     given = {
         "prompt": ("--prompt", args.prompt),
@@ -107,7 +108,7 @@ def _trace_language_model(args: Namespace) -> tuple[Trace, str]:
     from .prompts import generate
 
     _refuse(args, "a diffusion pipeline", "negative_prompt", "steps", "guidance", "height", "width", "image")
-    model, tokenizer = loading.load_language_model(args.model, args.device, args.dtype)
+    model, tokenizer = models.load_language_model(args.model, args.device, args.dtype)
     options = _generation(args)
     capacity = max(256, 1 + options["max_new_tokens"])
     wrapped = wrap(model, layers=_selector(args), per_sample=args.per_sample, capacity=capacity)
@@ -150,7 +151,7 @@ def _routes(args: Namespace, note: Note) -> Answer:
 def _layers(args: Namespace, _: Note) -> Answer:
     found = [
         (name, type(module).__name__, sum(parameter.numel() for parameter in module.parameters()))
-        for name, module in select(loading.without_weights(args.model), _selector(args))
+        for name, module in select(models.without_weights(args.model), _selector(args))
     ]
 
     def text() -> str:
@@ -200,10 +201,10 @@ def _compare(args: Namespace, note: Note) -> Answer:
 def _language_model(args: Namespace) -> tuple[Any, Any]:
     if args.plot is not None:
         require("matplotlib", extra="viz", purpose="--plot")  # before the model runs, not after
-    args.device = loading.device_of(args.device)
-    if loading.kind_of(args.model) != "language model":
+    args.device = models.device_of(args.device)
+    if models.kind_of(args.model) != "language model":
         raise BadValue(f"{args.model} is a diffusion pipeline", "a language model", "noesis trace runs pipelines")
-    return loading.load_language_model(args.model, args.device, args.dtype)
+    return models.load_language_model(args.model, args.device, args.dtype)
 
 
 def _selector(args: Namespace) -> str | list[str]:

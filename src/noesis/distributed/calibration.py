@@ -12,10 +12,12 @@ from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as pack_safetensors
 
 from ..errors import BadValue, NoesisError, WrongState
-from ..surprise.calibration import Calibration, Ints
+from ..numerics.arrays import Ints
+from ..numerics.sampling import Reservoir
+from ..surprise.calibration import Calibration
 from ..surprise.calibration_file import read_calibration, written_calibration
-from ..surprise.scorer import Coder
-from ..wrapping.calibration_loop import Collection, Reservoir, Store
+from ..surprise.collection import Collection, Store
+from ..surprise.scorer import Scorer
 from .ranks import Ranks, as_bytes, named
 
 if TYPE_CHECKING:
@@ -25,12 +27,12 @@ Kind = TypeVar("Kind")
 
 
 def calibrate_over(
-    coder: Coder, collect: Callable[[], Collection], by_class: bool, group: ProcessGroup, timeout: float
+    scorer: Scorer, collect: Callable[[], Collection], by_class: bool, group: ProcessGroup, timeout: float
 ) -> tuple[Calibration, int]:
     """Calibrate on what all ranks collect, one rank's samples after the other's; the first fits, all get the same.
 
     Args:
-        coder: of this rank.
+        scorer: of this rank.
         collect: runs this rank's loader, which may be empty.
         by_class: whether each predicted class has p-values of its own.
         group: the ranks.
@@ -52,10 +54,10 @@ def calibrate_over(
         raise
     told = ranks.tell(_collected(own) | _failure(error))
     _raise_any(error, told, ranks)
-    total, chosen = _chosen(told, coder.settings.seed)
+    total, chosen = _chosen(told, scorer.settings.seed)
     packed = b"" if own is None else _packed(own, chosen[ranks.rank])
-    union = Collection(coder)
-    union.reservoir = Reservoir(max(1, sum(map(len, chosen))), np.random.default_rng(coder.settings.seed))
+    union = Collection(scorer, {} if own is None else own.uncoded)
+    union.reservoir = Reservoir(max(1, sum(map(len, chosen))), np.random.default_rng(scorer.settings.seed))
     union.reservoir.seen = total
     start = 0
     for rank, blob in enumerate(ranks.blobs(packed, keep=ranks.rank == 0)):
@@ -66,13 +68,13 @@ def calibrate_over(
     _raise_any(error, ranks.tell(_failure(error)), ranks)
     learned = b""
     if ranks.rank == 0:
-        arrays, header = written_calibration(coder)
+        arrays, header = written_calibration(scorer)
         learned = pack_safetensors({**arrays, "header": as_bytes(json.dumps(header))})
     learned = next(iter(ranks.blobs(learned)))
     if made is None:
         arrays = parse_safetensors(learned)
-        made, books = read_calibration(coder, arrays, json.loads(arrays.pop("header").tobytes()))
-        coder.adopt(books, made)
+        made, books = read_calibration(scorer, arrays, json.loads(arrays.pop("header").tobytes()))
+        scorer.adopt(books, made)
     return made, total
 
 

@@ -17,9 +17,11 @@ from loguru import logger
 
 from .. import files
 from ..errors import BadValue, TooLarge
-from ..kernels import rows
-from ..kernels.rows import CALLS, COUNT, MEAN, ORDER, STD
-from ..results.trace import Floats, Ints, Trace, fields_of, stats_of
+from ..kernels import layout, rows
+from ..kernels.layout import CALLS, COUNT, MEAN, ORDER, STD
+from ..numerics.arrays import Floats, Ints
+from ..results.statistics import fields_of, stats_of
+from ..results.trace import Trace
 from ..text import counted
 from .ranks import Ranks, named
 
@@ -106,9 +108,9 @@ def _merged(outlines: list[dict[str, Any]], collect: Callable[[Callable[[Trace],
     stats = _same_stats(outlines)
     layers, later = _layers(outlines)
     steps, dropped = _steps(outlines)
-    size = len(outlines) * max(1, len(layers)) * len(rows.FIELDS) * 8
+    size = len(outlines) * max(1, len(layers)) * len(layout.FIELDS) * 8
     each = max(1, PIECE // size)
-    held = [np.zeros((0, len(layers), len(rows.FIELDS)))]
+    held = [np.zeros((0, len(layers), len(layout.FIELDS)))]
     for start in range(0, len(steps), each):
         part = steps[start : start + each]
         held.append(_combined(collect(partial(_placed, steps=part, layers=layers, later=later))))
@@ -151,7 +153,7 @@ def _combined(parts: Floats) -> Floats:
 
 def _placed(trace: Trace, steps: Ints, layers: list[str], later: dict[str, int]) -> Floats:
     """A trace's rows at these steps and layers [steps, layers, FIELDS]; zero where it has none."""
-    placed = np.zeros((len(steps), len(layers), len(rows.FIELDS)))
+    placed = np.zeros((len(steps), len(layers), len(layout.FIELDS)))
     _, there, here = np.intersect1d(steps, trace.steps, return_indices=True)
     fields = fields_of(trace.values[here], trace.stats)
     fields[..., CALLS] = trace.calls[here]
@@ -167,7 +169,7 @@ def _columns(trace: Trace, layers: list[str]) -> Ints:
 
 
 def _totals(trace: Trace, layers: list[str]) -> Floats:
-    placed = np.zeros((len(layers), len(rows.FIELDS)))
+    placed = np.zeros((len(layers), len(layout.FIELDS)))
     placed[_columns(trace, layers)] = fields_of(trace.totals, trace.stats)
     return placed
 
@@ -196,7 +198,7 @@ def _older(before: Floats) -> Floats:
     """Averages over dropped steps from the ranks' own [ranks, layers, 4], as if the steps of a rank were all alike."""
     times = before[..., 0]
     often = np.where(times > 0, times, 1.0)
-    parts = np.zeros((*times.shape, len(rows.FIELDS)))
+    parts = np.zeros((*times.shape, len(layout.FIELDS)))
     count = np.where(times > 0, before[..., 3] / often, 0.0)
     parts[..., COUNT] = count
     parts[..., MEAN] = np.where(times > 0, before[..., 1] / often, 0.0)
@@ -224,7 +226,7 @@ def _samples(
 ) -> list[Trace]:
     """The traces of all ranks' samples, one rank's after the other's."""
     numbers = [outline["samples"] for outline in outlines]
-    layers, steps, width = whole.layers, whole.steps, len(rows.FIELDS)
+    layers, steps, width = whole.layers, whole.steps, len(layout.FIELDS)
     if sum(numbers) * len(steps) * len(layers) * width * 8 > MOST_BYTES:
         raise TooLarge(
             f"{sum(numbers)} samples on {len(outlines)} ranks, over {len(steps)} steps and {len(layers)} layers",

@@ -1,24 +1,22 @@
 """Bytes, safetensors, JSON of strangers, log files, files of v0.1: formats, and no results."""
 
+from .atomic import PathLike, read_bytes, write_bytes
 from .bounded_json import LEAST_BOUND, NoArrayError, parsed
 from .formats import (
     FORMAT_VERSION,
     Arrays,
-    PathLike,
     check_header,
     dump_json,
     is_json,
     load_tensors,
     pack_tensors,
     parse_tensors,
-    read_bytes,
     read_header,
     read_json,
     reading_tensors,
     save_json,
     save_tensors,
     unknown_suffix,
-    write_bytes,
 )
 from .loggers import writer
 

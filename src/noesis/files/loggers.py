@@ -15,7 +15,8 @@ from typing import Any
 
 from ..errors import BadFile, BadType, BadValue
 from ..text import csv_quoting
-from .formats import accessing, dump_json
+from .atomic import accessing
+from .formats import dump_json
 
 #: Takes the numbers of one step, and its number.
 Writer = Callable[[Mapping[str, float], int], None]

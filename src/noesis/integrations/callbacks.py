@@ -13,7 +13,7 @@ from ..errors import BadType, BadValue
 from ..files import writer
 from ..results.scalars import STATS
 from ..wrapping.alarms import Alarms
-from ..wrapping.wrap import Wrapped
+from ..wrapping.wrapped import Wrapped
 
 
 class Callback:

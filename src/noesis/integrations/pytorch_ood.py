@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from ..errors import BadType, BadValue, WrongState
 from ..layers.selecting import Layers
 from ..surprise.codebook import Codebook
-from ..surprise.scorer import Coder, Collected, Kept
+from ..surprise.scorer import Scorer
+from ..surprise.vectors import Collected, Kept
 from ..wrapping.calibration_loop import evaluating
-from ..wrapping.wrap import Wrapped, wrap
+from ..wrapping.wrap import wrap
+from ..wrapping.wrapped import Wrapped
 
 #: What the single layer of given features is called.
 FEATURES = "features"
@@ -64,7 +66,7 @@ class NoesisDetector:
             NoesisError: when the model cannot be wrapped like this.
         """
         self._settings = Codebook() if codebook is None else codebook
-        self._features: Coder | None = None
+        self._features: Scorer | None = None
         self.wrapped: Wrapped | None = None
         if isinstance(model, Wrapped):
             if layers != "blocks" or logits is not None or codebook is not None:
@@ -139,10 +141,9 @@ class NoesisDetector:
         vectors = _checked(x)
         if y is not None:
             vectors = vectors[_known(y, len(vectors), "fit_features")]
-        coder = Coder(self._settings, torch.device("cpu"))
-        coder.add(FEATURES, nn.Module(), spread=False)
-        coder.calibrate({FEATURES: Collected(vectors.cpu().numpy())}, None, None, by_class=False)
-        self._features = coder
+        scorer = Scorer(self._settings, [FEATURES], torch.device("cpu"))
+        scorer.calibrate({FEATURES: Collected(vectors.cpu().numpy())}, None, None, by_class=False)
+        self._features = scorer
         return self
 
     def predict_features(self, x: Tensor) -> Tensor:

@@ -17,14 +17,11 @@ order in which they were made. The reference never waits for the device and serv
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..internals.compiling import stays
-from .dispatch import by_value, from_value, register
-from .stepping import ACTIVE, ENABLED, EVERY, FORWARDS, OBSERVED, SLOT
+from .dispatch import register
+from .layout import ACTIVE, ENABLED, EVERY, FORWARDS, OBSERVED, SLOT
 
 #: What is summed beside the tokens of each expert: tokens, those whose logits have an entropy, their
 #: entropy, pairs of neighbouring tokens, and those of them whose first choice differs.
@@ -36,8 +33,6 @@ UNIT = 1 << 32
 ROWS = 1024
 #: Numbers of scratch memory that counting may take at a time.
 CHUNK = 1 << 20
-#: Memory for the co-activation of single steps; as many of the latest steps as fit are kept.
-PAIRS_BYTES = 64 << 20
 
 
 def routing_reference(
@@ -154,7 +149,7 @@ def begin_reference(sums: Tensor, pairs: Tensor, control: Tensor) -> None:
         pending.mul_(control[ENABLED] == 0)
 
 
-def _routing_cpu(
+def routing_cpu(
     logits: Tensor,
     indices: Tensor,
     batch: int,
@@ -164,6 +159,7 @@ def _routing_cpu(
     last: Tensor,
     control: Tensor,
 ) -> None:
+    """Count on the CPU, where looking at the flags costs nothing."""
     if control[ACTIVE]:  # on the CPU it costs nothing to ask first
         routing_reference(logits, indices, batch, layer, sums, pairs, last, control)
 
@@ -171,74 +167,9 @@ def _routing_cpu(
 register(
     "routing(Tensor logits, Tensor indices, SymInt batch, Tensor layer, "
     "Tensor(a!) sums, Tensor(b!) pairs, Tensor(c!) last, Tensor control)",
-    cpu=_routing_cpu,
+    cpu=routing_cpu,
     anywhere=routing_reference,
 )
 register(
     "begin_routing(Tensor(a!) sums, Tensor(b!) pairs, Tensor control)", cpu=begin_reference, anywhere=begin_reference
 )
-
-
-class RouteBank:
-    """The routing state of one device.
-
-    Args:
-        device: where it lies.
-        layers: number of routers.
-        experts: of the router that has most.
-        capacity: steps the ring holds.
-
-    Example:
-        >>> import torch
-        >>> from noesis.kernels.routing import RouteBank
-        >>> bank = RouteBank(torch.device("cpu"), layers=2, experts=4, capacity=3)
-        >>> bank.sums.shape, bank.pairs.shape
-        (torch.Size([5, 2, 9]), torch.Size([5, 2, 4, 4]))
-    """
-
-    def __init__(self, device: torch.device, layers: int, experts: int, capacity: int) -> None:
-        # Outside inference mode, whoever calls: inference tensors could not be written to later.
-        with torch.inference_mode(False):
-            self.sums = torch.zeros(capacity + 2, layers, experts + FIELDS, dtype=torch.int64, device=device)
-            pages = max(1, min(capacity, PAIRS_BYTES // (8 * layers * max(1, experts) ** 2)))
-            self.pairs = torch.zeros(pages + 2, layers, experts, experts, dtype=torch.int64, device=device)
-            self.last = torch.zeros(layers, 2 + ROWS, dtype=torch.int64, device=device)
-            self.layer = [torch.tensor(index, device=device) for index in range(layers)]
-            for tensor in (self.sums, self.pairs, self.last, *self.layer):
-                stays(tensor)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return by_value(self.__dict__)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(from_value(state))
-
-    def beside(self, device: torch.device) -> RouteBank:
-        """An empty one on another device."""
-        return RouteBank(device, len(self.layer), self.pairs.shape[-1], self.sums.shape[0] - 2)
-
-    def begin(self, control: Tensor) -> None:
-        """A step has begun in the control block of the same device."""
-        if torch.compiler.is_compiling():
-            torch.ops.noesis.begin_routing(self.sums, self.pairs, control)
-        else:
-            begin_reference(self.sums, self.pairs, control)
-
-    def observe(self, logits: Tensor, indices: Tensor, batch: int, layer: int, control: Tensor) -> None:
-        """Add a call; see `routing_reference`."""
-        state = (self.layer[layer], self.sums, self.pairs, self.last, control)
-        if torch.compiler.is_compiling():
-            torch.ops.noesis.routing(logits, indices, batch, *state)
-        elif control.device.type == "cpu":
-            _routing_cpu(logits, indices, batch, *state)
-        else:
-            routing_reference(logits, indices, batch, *state)
-
-    def interrupt(self) -> None:
-        """The next token follows none that was seen."""
-        self.last.zero_()
-
-    def clear(self) -> None:
-        """Forget everything."""
-        for tensor in (self.sums, self.pairs, self.last):
-            tensor.zero_()

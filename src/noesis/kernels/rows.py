@@ -12,12 +12,7 @@ from typing import Any
 
 import numpy as np
 
-FIELDS = ("count", "nonfinite", "zeros", "mean", "std", "abs_mean", "min", "max", "calls", "order")
-COUNT, NONFINITE, ZEROS, MEAN, STD, ABS_MEAN, MIN, MAX, CALLS, ORDER = range(len(FIELDS))
-
-COUNTS = (COUNT, NONFINITE, ZEROS)
-SLOTS = len(FIELDS) + len(COUNTS)  # the high parts of the counts come last
-BASE = float(1 << 24)
+from .layout import ABS_MEAN, BASE, CALLS, COUNT, COUNTS, FIELDS, MAX, MEAN, MIN, ORDER, STD
 
 
 def pack(rows: Any, slots: Any) -> Any:

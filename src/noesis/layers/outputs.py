@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from ..internals.tensors import local_part
+from ..internals.tensors import local_part, storageless
 
 
 def hidden_state(output: Any, index: int | None = None, depth: int = 8) -> Tensor | None:
@@ -103,3 +104,52 @@ def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any], depth: int = 3) -> i
             if inside > 1:
                 return inside
     return 1
+
+
+#: What a timestep has to stay below to be recorded exactly.
+LARGEST_TIMESTEP = 2.0**53
+
+
+def is_number(timestep: Any) -> bool:
+    """Whether there is a value to record: a fake or batched tensor has none that could be read."""
+    if isinstance(timestep, (float, int)):
+        return abs(timestep) < LARGEST_TIMESTEP
+    if type(timestep) is not Tensor or timestep.is_complex():
+        return False
+    if is_compiling():
+        return True
+    return not (
+        timestep.is_nested
+        or timestep.layout != torch.strided
+        or timestep.numel() == 0
+        or timestep.device.type == "meta"
+        or storageless(timestep)
+    )
+
+
+def unmeasurable(x: Any) -> str | None:
+    """Why a hidden state cannot be measured, or None if it can."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return "no floating tensor"
+    if x.is_nested or x.layout != torch.strided:
+        return "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
+    if x.is_meta or storageless(x):
+        return "a tensor without data of its own (meta device or torch.func)"
+    if type(x) not in (Tensor, nn.Parameter) and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"a {type(x).__name__}"
+    return None
+
+
+def part_of(whole: Any, reason: str) -> tuple[Any, str | None]:
+    """This process' part of what as a whole cannot be measured for a reason; why the part cannot be, or None."""
+    part = part_here(whole)
+    if part is whole:
+        return whole, reason
+    return part, part if isinstance(part, str) else unmeasurable(part)
+
+
+def emittable(x: Any) -> TypeGuard[Tensor]:
+    """Whether compiled code can measure a hidden state: what `unmeasurable` asks, as far as shapes and layouts tell."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_nested or x.layout != torch.strided:
+        return False
+    return not is_dtensor(x)  # an operation takes no DTensor among tensors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from .arrays import Floats
 
 #: Rounds of Lloyd's algorithm; by then codes move less than the noise in them.
 ROUNDS = 30

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from .arrays import Floats
 
 #: With fewer layers than this, their variances say too little about each other.
 LAYERS_TO_MODERATE = 10
@@ -35,7 +34,7 @@ class Judgement:
     q_value: Floats
 
 
-def judge(base_means: Floats, base_stds: Floats, means: Floats, stds: Floats, tolerance: float) -> Judgement:
+def layer_tests(base_means: Floats, base_stds: Floats, means: Floats, stds: Floats, tolerance: float) -> Judgement:
     """How surely new runs differ from a baseline, layer by layer.
 
     Args:

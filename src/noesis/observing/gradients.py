@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import WrongState
 from ..internals.autograd import node_count, node_number
-from ..kernels.stepping import ACTIVE, ENABLED, FOLD, SLOT
+from ..kernels.layout import ACTIVE, ENABLED, FOLD, SLOT
 from .recorder import Recorder
 
 NOWHERE = -1

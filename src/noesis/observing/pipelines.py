@@ -10,30 +10,17 @@ from __future__ import annotations
 import copyreg
 import functools
 import inspect
-import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import BadValue
-from ..internals.compiling import inside, rebind
+from ..internals.compiling import rebind
+from ..layers.denoisers import denoisers_of
+from .pipeline_meta import _gathered, call_meta, guidance_branch
 from .recorder import Recorder
-
-#: Components of diffusers pipelines that denoise. Text encoders, VAEs and controlnets are none.
-DENOISER = re.compile(
-    r"(\w+_)?(unet|transformer|dit)(_\d+)?"  # unet, transformer_2, image_unet, unconditional_transformer
-    r"|(prior_)?prior|(diffusion_)?decoder|super_res_(first|last)|model"  # Kandinsky, Cascade, unCLIP, LLaDA
-)
-#: Pipelines that put the conditional half of a doubled batch first; all others put it last.
-COND_FIRST = ("AceStep", "DiT", "Lumina", "StableCascade", "Wuerstchen", "ZImage")
-#: Arguments that say how to hand out the result, not what to make.
-LEFT_OUT = ("generator", "output_type", "return_dict")
 
 
 class Pipeline:
@@ -114,17 +101,6 @@ class Pipeline:
     def _rebind(self) -> bool:
         told = [rebind(component) for component in self.pipe.components.values()]
         return all(told)
-
-
-def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
-    """The denoisers of a pipeline by the names of their components, each once."""
-    found: dict[str, nn.Module] = {}
-    for name, component in pipe.components.items():
-        module = inside(component)
-        again = any(module is other for other in found.values())
-        if DENOISER.fullmatch(name) and isinstance(module, nn.Module) and not again:
-            found[name] = module
-    return found
 
 
 # ---------------------------------------------------------------- the observed pipeline
@@ -229,108 +205,4 @@ def _arguments(call: Callable[..., Any], pipe: Any, args: tuple[Any, ...], kwarg
 # ---------------------------------------------------------------- guidance
 
 
-def guidance_branch(pipe: Any, given: Mapping[str, Any], batch: int) -> str | None:
-    """Which guidance branches a forward with this batch holds, within a call of the pipeline.
-
-    Returns:
-        `"cond"`, `"uncond+cond"` or `"cond+uncond"` (the order of the halves of the batch), or None
-        where that cannot be told, as with three branches or two calls per step.
-    """
-    guided = getattr(pipe, "do_classifier_free_guidance", None)
-    if guided is None and isinstance(given.get("guidance_scale"), (int, float)):
-        guided = given["guidance_scale"] > 1
-    if guided is None or isinstance(guided, Tensor):  # a tensor would have to be waited for
-        return None
-    if not guided:
-        return "cond"
-    images = _images(given)
-    if batch % 2 or (images is not None and batch != 2 * images):
-        return None
-    return "cond+uncond" if type(pipe).__name__.startswith(COND_FIRST) else "uncond+cond"
-
-
-def _images(given: Mapping[str, Any]) -> int | None:
-    """How many images, videos or sounds a call makes; None where its arguments do not say."""
-    prompt = given.get("prompt")
-    embeds = given.get("prompt_embeds")
-    if isinstance(prompt, str):
-        prompts = 1
-    elif isinstance(prompt, (list, tuple)):
-        prompts = len(prompt)
-    elif isinstance(embeds, (list, tuple, Tensor)):
-        prompts = len(embeds)
-    else:
-        return None
-    each = [value for name, value in given.items() if re.fullmatch(r"num_\w+_per_prompt", name)]
-    return prompts * (each[0] or 1) if each else prompts
-
-
 # ---------------------------------------------------------------- meta
-
-
-def call_meta(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of one call of a pipeline, in values that JSON holds.
-
-    Arguments appear under their own names, the pipeline's defaults included; tensors and images are
-    described, not kept. `seed` is what the generators were seeded with, None without a generator.
-    """
-    denoisers = denoisers_of(pipe)
-    parameter = next((p for module in denoisers.values() for p in module.parameters()), None)
-    scheduler = getattr(pipe, "scheduler", None)
-    known = {
-        "model": str(getattr(getattr(pipe, "config", None), "_name_or_path", None) or type(pipe).__name__),
-        "pipeline": type(pipe).__name__,
-        "class": ", ".join(type(module).__name__ for module in denoisers.values()),
-        "seed": _described(given.get("generator")),
-        "scheduler": None if scheduler is None else type(scheduler).__name__,
-        "scheduler_config": _plain(getattr(scheduler, "config", {})),
-        "device": str(getattr(pipe, "_execution_device", None) or (parameter.device if parameter is not None else "")),
-        "dtype": "" if parameter is None else str(parameter.dtype).removeprefix("torch."),
-    }
-    for package in ("diffusers", "transformers"):
-        if package in sys.modules:
-            known[f"{package}_version"] = sys.modules[package].__version__
-    asked = {
-        name: _described(value)
-        for name, value in given.items()
-        if value is not None and name not in LEFT_OUT and not name.startswith("callback")
-    }
-    return {**asked, **known}
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The public settings of a diffusers config that are a string or a number."""
-    return {
-        name: value
-        for name, value in config.items()
-        if not name.startswith("_") and isinstance(value, (str, bool, int, float))
-    }
-
-
-def _described(value: Any) -> Any:
-    """The value itself if JSON holds it, else what kind of thing it is."""
-    if value is None or isinstance(value, (str, bool, int, float)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_described(element) for element in value]
-    if isinstance(value, Mapping):
-        return {str(name): _described(element) for name, element in value.items()}
-    if isinstance(value, torch.Generator):
-        return value.initial_seed()
-    if isinstance(value, (np.generic, Path)):
-        return value.item() if isinstance(value, np.generic) else str(value)
-    described: dict[str, Any] = {"type": type(value).__name__}
-    if isinstance(value, (Tensor, np.ndarray)):
-        described |= {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-    elif hasattr(value, "mode") and isinstance(getattr(value, "size", None), tuple):  # an image of Pillow
-        described |= {"size": list(value.size), "mode": value.mode}
-    return described
-
-
-def _gathered(metas: list[dict[str, Any]]) -> dict[str, Any]:
-    """One meta for several calls: what they share, and where they differ a list of each one's value."""
-    gathered: dict[str, Any] = {}
-    for name in dict.fromkeys(name for meta in metas for name in meta):
-        values = [meta.get(name) for meta in metas]
-        gathered[name] = values[0] if all(value == values[0] for value in values) else values
-    return gathered

@@ -11,186 +11,36 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import NoesisError, WrongState
 from ..internals.compiling import LISTENERS, stays
 from ..internals.modes import undisturbed
-from ..kernels import moments, rows, stepping
-from ..kernels.dispatch import CONTROL, as_array, by_value, from_value, scratch
-from ..kernels.routing import RouteBank
-from ..kernels.rows import FIELDS, SLOTS
-from ..kernels.stepping import ACTIVE, ENABLED, EVERY, FOLD, FOLDED, FORWARDS, OBSERVED, SEQUENCE, SLOT, STEP, TOTALS
-from ..results.routes import Router, Routes
-from ..results.trace import Trace, stats_of
-from ..surprise.scorer import Channel, Coder
+from ..kernels import layout, rows
+from ..kernels.layout import (
+    CONTROL,
+    EVERY,
+    FOLD,
+    FOLDED,
+    FORWARDS,
+    OBSERVED,
+)
+from ..kernels.stepping import reference
+from ..layers.routers import Router
+from ..numerics.arrays import Floats
+from ..results.routes import Routes
+from ..results.statistics import stats_of
+from ..results.trace import Trace
+from ..surprise.scorer import Scorer
+from .bank import Bank, Reading
+from .channels import Channel, Channels
 from .evidence import Evidence
+from .route_bank import RouteBank, read_routes
 from .switch import Switch
-
-Floats = NDArray[np.float64]
-#: Steps that the CPU adds to the totals at a time once the ring is full, and rows, which bound the scratch memory.
-LARGEST_FOLD = 64
-FOLDED_ROWS = 1 << 14
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Everything a recorder knows, on the host."""
-
-    steps: Floats  # [steps, STEP]
-    rows: Floats  # [steps, 1 + samples, layers, FIELDS]; entry 0 is the whole, not the remainder
-    totals: Floats  # [1 + samples, layers, TOTALS], over all steps of the run
-    dropped: int  # steps the ring no longer holds
-    forwards: int  # that have begun
-
-
-class Bank:
-    """The slab of one device and the control block that says where its rows go."""
-
-    def __init__(self, device: torch.device, layers: int, capacity: int, samples: int, every: int) -> None:
-        self.device = device
-        wide = torch.float32 if device.type == "mps" else torch.float64  # Apple GPUs have no float64
-        # Outside inference mode, whoever calls: inference tensors could not be written to later.
-        with undisturbed(), torch.inference_mode(False):
-            self.slab = torch.zeros(capacity + 1, 1 + samples, layers, SLOTS, dtype=torch.float32, device=device)
-            self.totals = torch.zeros(1 + samples, layers, TOTALS, dtype=wide, device=device)
-            self.steps = torch.zeros(capacity, STEP, dtype=wide, device=device)
-            self.control = torch.zeros(CONTROL, dtype=torch.int64, device=device)
-            self.scratch = scratch(device)
-            self.no_timestep = torch.full((), torch.nan, dtype=wide, device=device)
-            self.control[EVERY] = every
-            self.control[FOLD] = self._fold() if device.type == "cpu" else 1
-            self.control[SLOT] = capacity
-            self.control[ENABLED] = self.control[ACTIVE] = 1
-            for tensor in (self.slab, self.totals, self.steps, self.control, self.scratch, self.no_timestep):
-                stays(tensor)
-            self._view()
-        self.active_before: Tensor | int = 1
-        self.routes: RouteBank | None = None
-
-    @property
-    def capacity(self) -> int:
-        """Steps the ring holds."""
-        return self.steps.shape[0]
-
-    @property
-    def samples(self) -> int:
-        """Samples there is room for; 0 without per-sample rows."""
-        return self.totals.shape[0] - 1
-
-    def _fold(self) -> int:
-        """Steps to add to the totals at a time: many where they are small."""
-        _, room, layers, _ = self.slab.shape
-        return max(1, min(self.capacity, LARGEST_FOLD, FOLDED_ROWS // (room * layers)))
-
-    def _view(self) -> None:
-        found = [as_array(tensor) for tensor in (self.slab, self.totals, self.steps, self.control)]
-        self.arrays = None if any(array is None for array in found) else tuple(found)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return by_value({**self.__dict__, "arrays": None})
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(from_value(state))
-        self._view()  # copies of the arrays would no longer share memory with the tensors
-
-    def begin(self, timestep: Tensor | float | None, branch: int, batch: int) -> None:
-        """Start a step."""
-        if isinstance(timestep, Tensor):
-            timestep = timestep.detach().reshape(-1)[0]  # pipelines repeat it over the batch
-        if self.arrays is not None and not torch.compiler.is_compiling():
-            stepping.begin_cpu(np.nan if timestep is None else float(timestep), branch, batch, *self.arrays)
-            return
-        if isinstance(timestep, Tensor):
-            value = timestep
-        elif timestep is None:
-            value = self.no_timestep
-        else:
-            # Not torch.full, of which compiled code would make one graph per value.
-            value = torch.zeros((), dtype=self.no_timestep.dtype, device=self.device) + timestep
-        begin = torch.ops.noesis.begin if torch.compiler.is_compiling() else stepping.begin_anywhere
-        begin(value, branch, batch, self.slab, self.totals, self.steps, self.control, self.scratch)
-
-    def end(self) -> None:
-        """End a step: what is called from now on belongs to the next one."""
-        if torch.compiler.is_compiling():
-            torch.ops.noesis.end(self.control, self.capacity)
-        elif self.arrays is not None:
-            stepping.end(self.arrays[3], self.capacity)
-        else:
-            stepping.end_anywhere(self.control, self.capacity)
-
-    def observe(self, x: Tensor, index: int, place: Tensor, samples: int, count_zeros: bool) -> None:
-        """Merge a tensor into the row of layer `index`, which `place` holds on the device."""
-        if self.arrays is not None:
-            moments.observe_cpu(x.detach(), index, samples, count_zeros, self.arrays[0], self.arrays[3])
-        else:
-            moments.observe_anywhere(x, place, samples, count_zeros, self.slab, self.control, self.scratch)
-
-    def emit(self, x: Tensor, place: Tensor, samples: int, count_zeros: bool) -> None:
-        """The same in compiled code."""
-        torch.ops.noesis.moments(x.detach(), place, samples, count_zeros, self.slab, self.control, self.scratch)
-
-    def switch(self, enabled: bool) -> None:
-        """Set the flags that the kernels look at."""
-        if enabled:
-            self.control[ENABLED], self.control[ACTIVE] = 1, self.active_before
-        else:
-            self.active_before = self.control[ACTIVE].clone()  # a forward that `every` leaves out stays left out
-            self.control[ENABLED] = self.control[ACTIVE] = 0
-        if self.routes is not None:
-            self.routes.interrupt()
-
-    def grow(self, samples: int) -> None:
-        """Make room for more samples; what is held stays."""
-        with torch.inference_mode(False):
-            for name, dim in (("slab", 1), ("totals", 0)):
-                old = getattr(self, name)
-                shape = list(old.shape)
-                shape[dim] = 1 + samples
-                new = torch.zeros(shape, dtype=old.dtype, device=old.device)
-                new.narrow(dim, 0, old.shape[dim]).copy_(old)
-                setattr(self, name, stays(new))
-        self.control[FOLD] = self.control[FOLD].clamp(max=self._fold())
-        self._view()
-
-    def clear(self) -> None:
-        """Forget all steps; the tensors stay where compiled code and graphs know them."""
-        for tensor in (self.slab, self.totals, self.steps, self.scratch):
-            tensor.zero_()
-        for field in (FORWARDS, OBSERVED, SEQUENCE, FOLDED):
-            self.control[field] = 0
-        self.control[SLOT], self.control[ACTIVE] = self.capacity, self.control[ENABLED]
-        if self.routes is not None:
-            self.routes.clear()
-
-    def beside(self, device: torch.device) -> Bank:
-        """An empty bank on another device, at the same step."""
-        layers = self.slab.shape[2]
-        bank = Bank(device, layers, self.capacity, self.samples, 1)
-        bank.control.copy_(self.control)
-        bank.routes = None if self.routes is None else self.routes.beside(device)
-        return bank
-
-    def state(self) -> tuple[Floats, NDArray[np.int64]]:
-        """What is known of each step, and the control block, on the host."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # rows may have been written on any stream
-        steps, control = (tensor.detach().cpu().numpy() for tensor in (self.steps, self.control))
-        return steps.astype(np.float64), control.copy()
-
-    def held(self, slots: list[int] | None = None) -> Floats:
-        """Rows [slots, rows, layers, FIELDS] on the host; of all capacity + 1 slots by default."""
-        slab = self.slab.detach()
-        packed = (slab if slots is None else slab[slots]).cpu().numpy()
-        unpacked: Floats = rows.unpack(packed, np.zeros((*packed.shape[:-1], len(FIELDS))))
-        return unpacked
 
 
 class Recorder:
@@ -235,11 +85,14 @@ class Recorder:
         self.observed: list[weakref.ref[nn.Module]] = []
         self.named_run = False  # inside `with wrapped.run(...)`
         self.branch_of: Callable[[int], str | None] | None = None  # a pipeline's word on a forward with a batch
-        self.coder: Coder | None = None
+        self.channels: Channels | None = None  # what is kept for surprise
+        self.scorer: Scorer | None = None  # what makes scores of it
         self.earlier: Trace | None = None  # the totals of the run before it was resumed
         self.gradients: Recorder | None = None  # of gradients, whose steps begin with these
-        self.aside: dict[torch.device, Tensor] | None = None  # a control block per device, where forwards leave no mark
-        self.aside_forwards = 0
+        self.off_record: dict[torch.device, Tensor] | None = (
+            None  # a control block per device, where forwards leave no mark
+        )
+        self.forwards_off_the_record = 0
         self.evidence = Evidence()
         self._listen()
 
@@ -254,7 +107,7 @@ class Recorder:
         self.__dict__.update(state)
         self._listen()
         # Whoever leaves a pause, a forward or a calibration leaves that of the original.
-        self.pauses, self.skipping, self.batch, self.aside = 0, False, None, None
+        self.pauses, self.skipping, self.batch, self.off_record = 0, False, None, None
         self.pause(False)
         self._settle()
 
@@ -262,10 +115,10 @@ class Recorder:
 
     def begin(self, timestep: Tensor | float | None, batch: int) -> None:
         """A forward of the root starts."""
-        if self.per_sample or self.routers or self.coder is not None:
+        if self.per_sample or self.routers or self.channels is not None:
             self.batch = batch
-        if self.aside is not None:
-            self.aside_forwards += 1
+        if self.off_record is not None:
+            self.forwards_off_the_record += 1
             return
         if torch.compiler.is_compiling():
             self.on_device = True
@@ -295,9 +148,9 @@ class Recorder:
         if not torch.compiler.is_compiling():
             self.skipping = False
             self._settle()
-        if self.per_sample or self.routers or self.coder is not None:
+        if self.per_sample or self.routers or self.channels is not None:
             self.batch = None
-        if self.aside is not None:
+        if self.off_record is not None:
             return
         for bank in self.banks:
             bank.end()
@@ -333,12 +186,12 @@ class Recorder:
             channel.drop(f"{type(error).__name__}: {error}")
 
     def _control(self, device: torch.device) -> Tensor:
-        if self.aside is None:
+        if self.off_record is None:
             return self.bank(device).control
-        control = self.aside.get(device)
+        control = self.off_record.get(device)
         if control is None:
-            control = self.aside[device] = torch.ones(CONTROL, dtype=torch.int64, device=device)
-        control[FORWARDS] = self.aside_forwards
+            control = self.off_record[device] = torch.ones(CONTROL, dtype=torch.int64, device=device)
+        control[FORWARDS] = self.forwards_off_the_record
         return control
 
     def route(self, logits: Tensor, indices: Tensor, router: int) -> None:
@@ -400,12 +253,12 @@ class Recorder:
         """Dynamo traces the model, whose next forward will run compiled."""
         if exporting:
             self.evidence.passed_by("traced by torch.export")
-        elif not self.paused and self.aside is None:
+        elif not self.paused and self.off_record is None:
             self.evidence.compiled_at = self.forwards
 
     def returned(self) -> None:
         """The container was called, and the model returned."""
-        if not self.paused and self.aside is None:
+        if not self.paused and self.off_record is None:
             self.evidence.calls += 1
 
     # ------------------------------------------------------------ control and reading
@@ -424,24 +277,24 @@ class Recorder:
 
     def _settle(self) -> None:
         """Say whether layers are passed by."""
-        off = (self.paused or self.skipping) and self.aside is None
+        off = (self.paused or self.skipping) and self.off_record is None
         self.switch.turn(off, cuda=self.on_cuda, gradients=self.gradients is not None)
 
     @contextmanager
-    def no_mark(self) -> Iterator[None]:
+    def off_the_record(self) -> Iterator[None]:
         """Forwards inside are no steps; their vectors are kept until the next one, and forgotten at the end."""
-        before = self.aside
+        before = self.off_record
         try:
-            self.aside, self.aside_forwards = {}, 0
+            self.off_record, self.forwards_off_the_record = {}, 0
             self._settle()
-            if self.coder is not None:
-                self.coder.forget()  # forwards are counted anew, and are none of those before
+            if self.channels is not None:
+                self.channels.forget()  # forwards are counted anew, and are none of those before
             yield
         finally:
-            self.aside, self.batch = before, None
+            self.off_record, self.batch = before, None
             self._settle()
-            if self.coder is not None:
-                self.coder.forget()
+            if self.channels is not None:
+                self.channels.forget()
 
     def set_every(self, every: int) -> None:
         """Observe every n-th forward from now on; compiled code and graphs read it on the device."""
@@ -459,8 +312,8 @@ class Recorder:
                 bank.clear()
         self.forwards = 0
         self.evidence = self.evidence.afresh()
-        if self.coder is not None:
-            self.coder.forget()
+        if self.channels is not None:
+            self.channels.forget()
         self.unmeasured.clear()
         self.unrouted.clear()
         self.branches.clear()
@@ -471,7 +324,7 @@ class Recorder:
         self.given = meta
         self.meta = {"run": uuid.uuid4().hex[:12], **self.base_meta, **meta}
 
-    def follow(self, routers: list[Router]) -> None:
+    def count_routes(self, routers: list[Router]) -> None:
         """Count what these layers choose, from now on."""
         self.routers = routers
         if routers:
@@ -503,7 +356,7 @@ class Recorder:
             dropped = max(0, observed - capacity)
             slots = [number % capacity for number in range(dropped, observed)]
             if since is not None:
-                slots = [slot for slot in slots if steps[slot, stepping.NUMBER] >= since]
+                slots = [slot for slot in slots if steps[slot, layout.NUMBER] >= since]
             samples = max(bank.samples for bank in self.banks)
             fetched = [
                 _padded(bank.held(None if since is None else [*slots, capacity]), 1, samples) for bank in self.banks
@@ -515,13 +368,13 @@ class Recorder:
         steps = np.concatenate([steps[slots], [[control[FORWARDS], np.nan, -1, 0]]])
         held = every_row[[*slots, capacity]] if since is None else every_row
         late = since is not None and since > control[FORWARDS]
-        if late or not held[-1, ..., rows.CALLS].any():  # nothing was called since the last forward ended
+        if late or not held[-1, ..., layout.CALLS].any():  # nothing was called since the last forward ended
             steps, held = steps[:-1], held[:-1]
         if since is not None:
             dropped, folded, totals = observed - len(slots), 0, np.zeros_like(totals)
         fresh = max(0, folded - dropped)
-        whole = stepping.add_steps(stepping.merge_totals(totals), held[fresh:])
-        stepping.with_whole(held[:fresh].swapaxes(0, 1))
+        whole = reference.add_steps(reference.merge_totals(totals), held[fresh:])
+        reference.with_whole(held[:fresh].swapaxes(0, 1))
         return Reading(steps, held, whole, dropped, int(control[FORWARDS]))
 
     def routes(self) -> Routes:
@@ -532,7 +385,7 @@ class Recorder:
             )
         steps, control = (tensor.cpu().numpy() for tensor in (self.banks[0].steps, self.banks[0].control))
         counted = [bank.routes for bank in self.banks if bank.routes is not None]
-        return Routes.read(self.routers, counted, steps, control, unmeasured=self.unrouted, meta=self.meta)
+        return read_routes(self.routers, counted, steps, control, unmeasured=self.unrouted, meta=self.meta)
 
     @np.errstate(over="ignore", invalid="ignore")  # rows of float64 outputs may hold infinities
     def trace(self, since: int | None = None) -> Trace:
@@ -549,14 +402,14 @@ class Recorder:
                 values=stats_of(fields, stats),
                 layers=list(self.names),
                 stats=stats,
-                steps=reading.steps[:, stepping.NUMBER].astype(np.int64),
-                order=fields[..., rows.ORDER].astype(np.int64),
-                calls=fields[..., rows.CALLS].astype(np.int64),
-                totals=stats_of(totals[:, : len(rows.FIELDS)], stats),
-                averages=totals[:, len(rows.FIELDS) :],
-                timesteps=reading.steps[:, stepping.TIMESTEP],
-                batches=reading.steps[:, stepping.BATCH].astype(np.int64),
-                branches=[named[int(code)] for code in reading.steps[:, stepping.BRANCH]],
+                steps=reading.steps[:, layout.NUMBER].astype(np.int64),
+                order=fields[..., layout.ORDER].astype(np.int64),
+                calls=fields[..., layout.CALLS].astype(np.int64),
+                totals=stats_of(totals[:, : len(layout.FIELDS)], stats),
+                averages=totals[:, len(layout.FIELDS) :],
+                timesteps=reading.steps[:, layout.TIMESTEP],
+                batches=reading.steps[:, layout.BATCH].astype(np.int64),
+                branches=[named[int(code)] for code in reading.steps[:, layout.BRANCH]],
                 dropped_steps=reading.dropped,
                 unmeasured=dict(self.unmeasured),
                 meta=dict(self.meta),
@@ -566,7 +419,7 @@ class Recorder:
         if lost is not None:
             whole.unmeasured = {**dict.fromkeys(self.names, lost), **whole.unmeasured}
         if self.per_sample:
-            used = (reading.totals[1:, :, stepping.STEPS] > 0).any(1).sum()
+            used = (reading.totals[1:, :, layout.STEPS] > 0).any(1).sum()
             whole.samples = [one(1 + sample) for sample in range(int(used))]
         return whole
 

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..internals.autograd import picklable_hook, recomputing
 from ..internals.compiling import foreign
 from ..internals.modes import disturbed, undisturbed
-from ..internals.tensors import storageless, traced_by_fx, traced_by_jit
-from ..layers.outputs import batch_of, hidden_state, is_dtensor, part_emitted, part_here
-from ..results.routes import Router
-from ..surprise.scorer import Channel
+from ..internals.tensors import traced_by_fx, traced_by_jit
+from ..layers.outputs import (
+    batch_of,
+    emittable,
+    hidden_state,
+    is_dtensor,
+    is_number,
+    part_emitted,
+    part_of,
+    unmeasurable,
+)
+from ..layers.routers import Router
+from .channels import Channel
 from .gradients import NOWHERE, GradientRecorder, Mark
 from .recorder import Recorder
 from .switch import NEVER
-
-#: What a timestep has to stay below to be recorded exactly.
-LARGEST_TIMESTEP = 2.0**53
 
 
 class Site:
@@ -52,7 +57,7 @@ class Site:
         Backward passes recompute what was seen; other tracers than Dynamo write programs for where there is no noesis.
         """
         recorder = self.recorder
-        off = (recorder.paused or (recorder.skipping and not self.root)) and recorder.aside is None
+        off = (recorder.paused or (recorder.skipping and not self.root)) and recorder.off_record is None
         if off and not recorder.capturing():  # a graph asks the device whether to observe, at every replay
             return True
         if not (recomputing() or traced_by_jit() or traced_by_fx() or foreign()):
@@ -70,8 +75,8 @@ class Site:
                 timestep = args[self.timestep]
             if not is_number(timestep):
                 timestep = None
-        if self.recorder.coder is not None:
-            self.recorder.coder.begin(args, kwargs, self.mask)
+        if self.recorder.channels is not None:
+            self.recorder.channels.begin(args, kwargs, self.mask)
         if is_compiling() or not disturbed():
             self.recorder.begin(timestep, batch_of(args, kwargs))
         else:
@@ -99,8 +104,8 @@ class Site:
 
     def look(self, output: Any) -> None:
         """Find the hidden state, and have it measured."""
-        aside = self.recorder.aside is not None
-        if self.router is not None and not aside:
+        off_record = self.recorder.off_record is not None
+        if self.router is not None and not off_record:
             self.route(output, self.router)
         if self.places:
             x: Any = hidden_state(output, self.stream) if self.pick is None else self.pick(output)
@@ -110,7 +115,7 @@ class Site:
             if reason is not None:
                 self.recorder.unmeasured[self.name] = f"{reason}, in an output of type {type(output).__name__}"
             else:
-                if not aside:
+                if not off_record:
                     self.recorder.observe(x, self.index, self.places)
                     if self.gradients is not None and whole.requires_grad:
                         self.await_gradient(whole, self.gradients, self.gradients.mark())
@@ -209,21 +214,21 @@ class Site:
 
     def keep_doubt(self, output: Any, doubt: Channel) -> None:
         """Keep what the logits among an output say."""
-        coder = doubt.coder
+        channels = doubt.channels
         try:
-            logits = hidden_state(output) if coder.logits is None else coder.logits(output)
+            logits = hidden_state(output) if channels.logits is None else channels.logits(output)
         except Exception as error:  # a callable that expects another output
             doubt.drop(f"{type(error).__name__}: {error}")
             return
         if is_compiling():
             if emittable(logits) and logits.dim() > 1:
-                self.recorder.keep(doubt, coder.doubt_of(logits))
+                self.recorder.keep(doubt, channels.doubt_of(logits))
             return
         reason = unmeasurable(logits)
         if reason is None and logits is not None and logits.dim() < 2:
             reason = f"a tensor of shape {tuple(logits.shape)}, which has no classes"
         if reason is None and logits is not None:
-            self.recorder.keep(doubt, coder.doubt_of(logits.detach()))
+            self.recorder.keep(doubt, channels.doubt_of(logits.detach()))
         else:
             doubt.drop(f"{reason}, where logits were to be")
 
@@ -236,48 +241,3 @@ class Site:
             self.recorder.unrouted[self.name] = reason
         elif isinstance(found, tuple):
             self.recorder.route(*found, router.index)
-
-
-def is_number(timestep: Any) -> bool:
-    """Whether there is a value to record: a fake or batched tensor has none that could be read."""
-    if isinstance(timestep, (float, int)):
-        return abs(timestep) < LARGEST_TIMESTEP
-    if type(timestep) is not Tensor or timestep.is_complex():
-        return False
-    if is_compiling():
-        return True
-    return not (
-        timestep.is_nested
-        or timestep.layout != torch.strided
-        or timestep.numel() == 0
-        or timestep.device.type == "meta"
-        or storageless(timestep)
-    )
-
-
-def unmeasurable(x: Any) -> str | None:
-    """Why a hidden state cannot be measured, or None if it can."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        return "no floating tensor"
-    if x.is_nested or x.layout != torch.strided:
-        return "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
-    if x.is_meta or storageless(x):
-        return "a tensor without data of its own (meta device or torch.func)"
-    if type(x) not in (Tensor, nn.Parameter) and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return f"a {type(x).__name__}"
-    return None
-
-
-def part_of(whole: Any, reason: str) -> tuple[Any, str | None]:
-    """This process' part of what as a whole cannot be measured for a reason; why the part cannot be, or None."""
-    part = part_here(whole)
-    if part is whole:
-        return whole, reason
-    return part, part if isinstance(part, str) else unmeasurable(part)
-
-
-def emittable(x: Any) -> TypeGuard[Tensor]:
-    """Whether compiled code can measure a hidden state: what `unmeasurable` asks, as far as shapes and layouts tell."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_nested or x.layout != torch.strided:
-        return False
-    return not is_dtensor(x)  # an operation takes no DTensor among tensors

@@ -1,19 +1,7 @@
 """Pictures from plain arrays."""
 
-from .figures import (
-    LOUD,
-    MISSING,
-    SOFT,
-    bars,
-    draw_effects,
-    draw_heat_map,
-    effects,
-    heat_map,
-    new_figure,
-    shortened,
-    thinned,
-    write_figure,
-)
+from .figures import bars, draw_effects, draw_heat_map, effects, heat_map
+from .style import LOUD, MISSING, SOFT, new_figure, shortened, thinned, write_figure
 
 __all__ = [
     "LOUD",

@@ -8,42 +8,23 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import files
 from ..errors import BadFile, BadType, BadValue
-from ..numerics.significance import judge
+from ..numerics.arrays import Floats
+from ..numerics.significance import layer_tests
 from ..text import csv_quoting, plain, table
-from .soulprint import Soulprint
-from .trace import Trace
+from .divergence import Divergence, first_divergence, pooled
+from .runs import Answering, Averaged, Recorded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Floats = NDArray[np.float64]
 #: Effects are cut off here, where one run is constant or not finite and the other is not.
 LARGEST_EFFECT = 20.0
-
-
-class Answering(Protocol):
-    """Something with a trace, such as what `noesis.wrap` returns."""
-
-    def trace(self) -> Trace:
-        """What happened."""
-        ...
-
-
-class Divergence(NamedTuple):
-    """Where two traces part: the first step and, in order of execution, the first layer."""
-
-    step: int
-    layer: str
-    stat: str
-    a: float
-    b: float
 
 
 @dataclass(frozen=True)
@@ -220,10 +201,10 @@ class Comparison:
 
 
 def compare(
-    a: Trace | Soulprint | Answering,
-    b: Trace | Soulprint | Answering | Sequence[Trace | Soulprint | Answering],
+    a: Recorded | Averaged | Answering,
+    b: Recorded | Averaged | Answering | Sequence[Recorded | Averaged | Answering],
     *,
-    baseline: Sequence[Trace | Soulprint | Answering] | None = None,
+    baseline: Sequence[Recorded | Averaged | Answering] | None = None,
     tolerance: float = 1e-5,
     alpha: float = 0.05,
 ) -> Comparison:
@@ -271,7 +252,7 @@ def compare(
         raise BadValue(
             f"b is {len(right)} runs", "one run, or several together with baseline=[...]", "Pass one, or a baseline"
         )
-    traces = [run for run in (left, right[0]) if isinstance(run, Trace)] if len(right) == 1 else []
+    traces = [run for run in (left, right[0]) if isinstance(run, Recorded)] if len(right) == 1 else []
     divergence = first_divergence(traces[0], traces[1], tolerance) if len(traces) == 2 else None
     first, others = _soulprint(left), [_soulprint(run) for run in right]
     second = others[0]
@@ -303,7 +284,7 @@ def compare(
     rank = -effect
     if baseline is not None:
         base = _baseline([_soulprint(_result(run)) for run in baseline], names)
-        judgement = judge(base[0], base[1], new[0], new[1], tolerance)
+        judgement = layer_tests(base[0], base[1], new[0], new[1], tolerance)
         values |= vars(judgement) | {"changed": judgement.q_value <= alpha}
         rank = judgement.p_value
     order = np.lexsort((-effect, rank))
@@ -321,76 +302,21 @@ def compare(
     )
 
 
-def first_divergence(a: Trace, b: Trace, tolerance: float = 1e-5) -> Divergence | None:
-    """The earliest step, and in order of execution the earliest layer, at which two traces differ.
-
-    Args:
-        a: a trace.
-        b: another of the same input; steps are matched by number, layers by name.
-        tolerance: in standard deviations of the layer at that step (in its size, for a constant
-            layer); counts of elements, of non-finite elements and of calls have to be equal.
-
-    Returns:
-        The divergence, or None when the traces are the same. A step that only one trace has is a
-        divergence too, with `stat="steps"`; steps that a ring has dropped are left out.
-    """
-    places = {name: at for at, name in enumerate(b.layers)}
-    names = [name for name in a.layers if name in places]
-    at_a, at_b = [at for at, name in enumerate(a.layers) if name in places], [places[name] for name in names]
-    stats = [name for name in a.stats if name in b.stats]
-    exact = {"count", "nonfinite", "zeros"}
-    common = set(a.steps.tolist()) & set(b.steps.tolist())
-    for step in _steps_to_compare(a, b):
-        if step not in common:
-            return Divergence(step, "", "steps", float(len(a)), float(len(b)))
-        i, j = int(np.flatnonzero(a.steps == step)[0]), int(np.flatnonzero(b.steps == step)[0])
-        left, right = a.values[i, at_a], b.values[j, at_b]
-        scale = _pooled(left[:, a.stats.index("std")], right[:, b.stats.index("std")])
-        for at in np.argsort(_running_order(a.order[i, at_a]), kind="stable"):
-            calls = float(a.calls[i, at_a[at]]), float(b.calls[j, at_b[at]])
-            if calls[0] != calls[1]:
-                return Divergence(step, names[at], "calls", *calls)
-            for stat in stats:
-                one, other = left[at, a.stats.index(stat)], right[at, b.stats.index(stat)]
-                if one == other or (np.isnan(one) and np.isnan(other)):
-                    continue
-                unit = scale[at] if scale[at] > 0 else max(abs(one), abs(other))
-                if stat in exact or not abs(one - other) <= tolerance * unit:
-                    return Divergence(step, names[at], stat, float(one), float(other))
-    return None
-
-
-def _steps_to_compare(a: Trace, b: Trace) -> list[int]:
-    """The steps of either trace, less those at the start that the other's ring no longer holds."""
-    steps = sorted({*a.steps.tolist(), *b.steps.tolist()})
-    held = [int(trace.steps.min()) for trace in (a, b) if trace.dropped_steps and len(trace)]
-    overlap = [step for step in steps if step >= max(held, default=0)]
-    return overlap if set(overlap) & set(a.steps.tolist()) & set(b.steps.tolist()) else steps
-
-
-def _running_order(order: NDArray[np.int64]) -> Floats:
-    return np.where(order > 0, order, np.inf)
-
-
 # ---------------------------------------------------------------- effects
 
 
 def _effects(mean_a: Floats, std_a: Floats, mean_b: Floats, std_b: Floats) -> tuple[Floats, Floats]:
     """Difference of means in pooled standard deviations, and log ratio of standard deviations."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        pooled = _pooled(std_a, std_b)
+        spread = pooled(std_a, std_b)
         size = np.maximum(np.abs(mean_a), np.abs(mean_b))
-        unit = np.where(pooled > 0, pooled, np.where(size > 0, size, 1.0))  # constant in both runs: relative
+        unit = np.where(spread > 0, spread, np.where(size > 0, size, 1.0))  # constant in both runs: relative
         shift = (mean_b - mean_a) / unit
         ratio = np.where(std_a == std_b, 0.0, np.log(std_b) - np.log(std_a))
     same = (np.isnan(mean_a) & np.isnan(mean_b)) | (mean_a == mean_b)
     shift = np.where(same, 0.0, np.nan_to_num(shift, nan=LARGEST_EFFECT))
     ratio = np.where(np.isnan(std_a) & np.isnan(std_b), 0.0, np.nan_to_num(ratio, nan=LARGEST_EFFECT))
     return np.clip(shift, -LARGEST_EFFECT, LARGEST_EFFECT), np.clip(ratio, -LARGEST_EFFECT, LARGEST_EFFECT)
-
-
-def _pooled(std_a: Floats, std_b: Floats) -> Floats:
-    return np.sqrt((std_a**2 + std_b**2) / 2)
 
 
 def _cosine(a: Floats, b: Floats) -> float:
@@ -403,13 +329,11 @@ def _cosine(a: Floats, b: Floats) -> float:
 # ---------------------------------------------------------------- inputs
 
 
-def _result(run: Any) -> Trace | Soulprint:
-    if isinstance(run, (Trace, Soulprint)):
+def _result(run: Any) -> Recorded | Averaged:
+    if not isinstance(run, (Recorded, Averaged)) and callable(getattr(run, "trace", None)):
+        run = run.trace()
+    if isinstance(run, (Recorded, Averaged)):
         return run
-    if hasattr(run, "trace") and callable(run.trace):
-        result = run.trace()
-        if isinstance(result, Trace):
-            return result
     raise BadType(
         f"compare was given a {type(run).__name__}",
         "a Trace, a Soulprint or a wrapped model",
@@ -417,11 +341,11 @@ def _result(run: Any) -> Trace | Soulprint:
     )
 
 
-def _soulprint(run: Trace | Soulprint) -> Soulprint:
-    return run if isinstance(run, Soulprint) else run.soulprint()
+def _soulprint(run: Recorded | Averaged) -> Averaged:
+    return run if isinstance(run, Averaged) else run.soulprint()
 
 
-def _columns(runs: list[Soulprint], names: list[str]) -> Floats:
+def _columns(runs: list[Averaged], names: list[str]) -> Floats:
     """Means and stds, float64 [2, runs, layers]."""
     columns = []
     for run in runs:
@@ -432,7 +356,7 @@ def _columns(runs: list[Soulprint], names: list[str]) -> Floats:
     return stacked
 
 
-def _baseline(runs: list[Soulprint], names: list[str]) -> Floats:
+def _baseline(runs: list[Averaged], names: list[str]) -> Floats:
     if len(runs) < 2:
         raise BadValue(
             f"The baseline has {len(runs)} run{'' if len(runs) == 1 else 's'}",

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import BadValue, WrongState
-from ..surprise.calibration import no_nan
-from ..surprise.codebook import LayerCodebook
+from ..numerics.arrays import Floats, no_nan
 from .surprise import Surprise
 from .trace import Trace
-
-Floats = NDArray[np.float64]
 
 #: What is said of a layer's output unless asked otherwise.
 STATS = ("mean", "std", "abs_mean", "nonfinite")
@@ -22,10 +18,24 @@ STATS = ("mean", "std", "abs_mean", "nonfinite")
 COUNTS = ("count", "nonfinite", "zeros")
 
 
+class Used(Protocol):
+    """A codebook, as far as it is asked here."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has codes."""
+        ...
+
+    @property
+    def utilisation(self) -> float:
+        """The share of its codes that are in use."""
+        ...
+
+
 def scalars(
     trace: Trace,
     surprise: Surprise | None = None,
-    codebooks: Mapping[str, LayerCodebook] | None = None,
+    codebooks: Mapping[str, Used] | None = None,
     *,
     layers: Literal["aggregate", "each"] | Sequence[str] = "aggregate",
     stats: Sequence[str] = STATS,

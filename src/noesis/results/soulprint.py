@@ -7,19 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import files
 from ..errors import BadFile, BadValue
 from ..files import v01
+from ..numerics.arrays import Floats
 from ..text import counted, plain, table
+from .comparison import Comparison, compare
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from .comparison import Comparison
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(eq=False, repr=False)
@@ -65,8 +62,6 @@ class Soulprint:
 
     def compare(self, other: Soulprint, **options: Any) -> Comparison:
         """What changed from this one to the other: `noesis.compare(self, other, **options)`."""
-        from .comparison import compare
-
         return compare(self, other, **options)
 
     def save(self, path: files.PathLike) -> Path:

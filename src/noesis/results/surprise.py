@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from .. import files
 from ..errors import BadValue, WrongState
+from ..numerics.arrays import Floats
 from ..numerics.significance import benjamini_hochberg
 from ..text import table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Floats = NDArray[np.float64]
 
 #: Samples shown by `repr`.
 SHOWN = 8

@@ -12,24 +12,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from .. import files
 from ..errors import BadFile, BadType, BadValue
 from ..numerics.alignment import Token, align
+from ..numerics.arrays import Floats
 from ..text import counted, plain, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..wrapping.capture import Activations
+    from .activations import Activations
 
 KIND = "token_deltas"
 _ROWS_SHOWN = 12
 #: Mean deltas below this are rounding, whatever the dtype.
 NOISE = 1e-6
-
-Floats = NDArray[np.float64]
 
 
 class TokenDelta(NamedTuple):

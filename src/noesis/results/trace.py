@@ -13,20 +13,16 @@ from numpy.typing import NDArray
 from .. import files
 from ..errors import BadFile, BadValue, MissingFile, WrongState
 from ..files import v01
-from ..kernels import rows
+from ..kernels import layout, rows
+from ..numerics.arrays import Floats, Ints
 from ..text import counted, plain, table
 from .soulprint import Soulprint
+from .statistics import ALWAYS, OPTIONAL, fields_of, stats_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .surprise import Surprise
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-
-ALWAYS = ("count", "mean", "std", "abs_mean", "min", "max", "nonfinite")
-OPTIONAL = ("zeros", "rms")
 
 
 @dataclass(eq=False, repr=False)
@@ -206,7 +202,7 @@ class Trace:
         ran = values[:, :, stats.index("count")] > 0
         parts = fields_of(values, stats)
         with np.errstate(over="ignore", invalid="ignore"):  # numbers in files of v0.1 may be anything
-            totals = rows.combine(parts) if len(values) else np.zeros((len(layers), len(rows.FIELDS)))
+            totals = rows.combine(parts) if len(values) else np.zeros((len(layers), len(layout.FIELDS)))
             mean, std = (np.where(ran, values[:, :, stats.index(name)], 0.0).sum(0) for name in ("mean", "std"))
         in_order = np.broadcast_to(np.arange(1, len(layers) + 1), ran.shape)
         return cls(
@@ -418,39 +414,6 @@ class Trace:
         if found:
             parts.append(f"first NaN or infinity: step {found[0]}, layer {plain(found[1])}")
         return "\n".join(parts)
-
-
-def stats_of(unpacked: Floats, stats: tuple[str, ...]) -> Floats:
-    """Statistics [..., stats] from rows [..., FIELDS]."""
-    count = unpacked[..., rows.COUNT]
-    measured = count > 0
-    columns = []
-    for name in stats:
-        if name in ("count", "nonfinite", "zeros"):
-            columns.append(unpacked[..., rows.FIELDS.index(name)])
-            continue
-        if name == "std":
-            value = rows.sample_std(unpacked[..., rows.STD], count)
-        elif name == "rms":
-            value = np.hypot(unpacked[..., rows.MEAN], unpacked[..., rows.STD])
-        else:
-            value = unpacked[..., rows.FIELDS.index(name)]
-        columns.append(np.where(measured, value, np.nan))
-    return np.stack(columns, axis=-1)
-
-
-def fields_of(values: Floats, stats: tuple[str, ...]) -> Floats:
-    """Rows [..., FIELDS] from statistics [..., stats]; what is not in the statistics, or did not run, is 0."""
-    unpacked = np.zeros((*values.shape[:-1], len(rows.FIELDS)))
-    count = np.nan_to_num(values[..., stats.index("count")])
-    for name in stats:
-        if name in rows.FIELDS:  # of a layer without one finite number, that is counted and nothing else is known
-            known = ~np.isnan(values[..., stats.index(name)]) if name in ("count", "nonfinite", "zeros") else count > 0
-            unpacked[..., rows.FIELDS.index(name)] = np.where(known, values[..., stats.index(name)], 0.0)
-    with np.errstate(invalid="ignore"):
-        shrink = np.sqrt(np.where(count > 1, count - 1, 0) / np.where(count > 0, count, 1))
-    unpacked[..., rows.STD] *= shrink
-    return unpacked
 
 
 def _whole(array: Floats, name: str) -> Ints:

@@ -12,16 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import BadValue
+from ..numerics.arrays import Floats, Ints, as_floats, no_nan
 from ..text import counted
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 #: Shares of the calibration set that fit the codes and rank the layers; the rest ranks their sum.
 FIT, RANK = 2 / 3, 1 / 6
@@ -71,16 +67,6 @@ class Ranks:
         with np.errstate(over="ignore"):
             beyond = -math.log(self.share) + (scores - self.start) / self.scale
         return as_floats(np.where(scores > self.start, beyond, within))
-
-
-def no_nan(scores: Floats) -> Floats:
-    """NaN is stranger than any number."""
-    return as_floats(np.where(np.isnan(scores), np.inf, scores))
-
-
-def as_floats(values: NDArray[np.floating[Any]]) -> Floats:
-    """What `np.where` gives, whose dtype type checkers cannot see."""
-    return values.astype(np.float64, copy=False)
 
 
 def p_values(ordered: Floats, scores: Floats) -> Floats:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from .. import files
 from ..errors import BadFile, BadValue, WrongState
 from .calibration import OTHERS, Calibration, Doubt, Ranks
 from .codebook import Codebook, LayerCodebook
-from .scorer import Coder
+from .scorer import Scorer
 
 KIND, CODES = "calibration", "codebooks"
 #: What is written of each layer's codebook.
@@ -22,19 +22,19 @@ PARTS = ("projection", "codes", "centre", "whiten", "log_weights", "constant", "
 SETTINGS = ("size", "dim", "positions", "most_positions", "mask")
 
 
-def save_calibration(coder: Coder, path: files.PathLike) -> Path:
+def save_calibration(scorer: Scorer, path: files.PathLike) -> Path:
     """Write what `calibrate` learned, with the layers and widths it belongs to."""
-    return files.save_tensors(path, KIND, *written_calibration(coder))
+    return files.save_tensors(path, KIND, *written_calibration(scorer))
 
 
-def written_calibration(coder: Coder) -> tuple[files.Arrays, dict[str, Any]]:
+def written_calibration(scorer: Scorer) -> tuple[files.Arrays, dict[str, Any]]:
     """The arrays and the header of a calibration's file."""
-    calibration = coder.calibration
+    calibration = scorer.calibration
     if calibration is None:
         raise WrongState("There is no calibration to save", "a calibrated model", "Call wrapped.calibrate(loader)")
     arrays: files.Arrays = {"scores": calibration.scores}
     for index, name in enumerate(calibration.layers):
-        for part, array in coder.books[name].arrays().items():
+        for part, array in scorer.books[name].arrays().items():
             arrays[f"{index}.{part}"] = array
         arrays.update(_of_ranks(f"{index}.ranks", calibration.ranks[name]))
     if calibration.doubt is not None:
@@ -48,16 +48,16 @@ def written_calibration(coder: Coder) -> tuple[files.Arrays, dict[str, Any]]:
         "samples": list(calibration.samples),
         "logits": calibration.doubt is not None,
         "classes": None if calibration.classes is None else sorted(calibration.classes),
-        "settings": {name: getattr(coder.settings, name) for name in SETTINGS},
+        "settings": {name: getattr(scorer.settings, name) for name in SETTINGS},
     }
     return arrays, header
 
 
-def pack_codes(coder: Coder) -> dict[str, bytes]:
+def pack_codes(scorer: Scorer) -> dict[str, bytes]:
     """The bytes of a calibration's file; where codebooks only learned, theirs alone; or nothing."""
-    if coder.calibration is not None:
-        return {KIND: files.pack_tensors(KIND, *written_calibration(coder))}
-    ready = {name: book for name, book in coder.books.items() if book.ready}
+    if scorer.calibration is not None:
+        return {KIND: files.pack_tensors(KIND, *written_calibration(scorer))}
+    ready = {name: book for name, book in scorer.books.items() if book.ready}
     if not ready:
         return {}
     parts = enumerate(ready.values())
@@ -65,33 +65,35 @@ def pack_codes(coder: Coder) -> dict[str, bytes]:
     return {CODES: files.pack_tensors(CODES, arrays, {"layers": list(ready)})}
 
 
-def unpack_codes(coder: Coder, packed: dict[str, bytes], where: str) -> None:
+def unpack_codes(scorer: Scorer, packed: dict[str, bytes], where: str, widths: Mapping[str, int]) -> None:
     """Take what `pack_codes` gave; errors call it `where`.
 
     Raises:
         NoesisError: when it is broken, or of other layers, widths or settings.
     """
     if KIND in packed:
-        _adopt(coder, *files.parse_tensors(packed[KIND], KIND, where), where)
+        _adopt(scorer, *files.parse_tensors(packed[KIND], KIND, where), where, widths)
     if CODES in packed:
         arrays, header = files.parse_tensors(packed[CODES], CODES, where)
         with _broken(where):
-            books = {name: _book(coder, index, name, arrays) for index, name in enumerate(_names(header["layers"]))}
-        _check_books(coder, books)
-        coder.adopt(books, coder.calibration)
+            books = {name: _book(scorer, index, name, arrays) for index, name in enumerate(_names(header["layers"]))}
+        _check_books(scorer, books, widths)
+        scorer.adopt(books, scorer.calibration)
 
 
-def load_calibration(coder: Coder, path: files.PathLike) -> Calibration:
+def load_calibration(scorer: Scorer, path: files.PathLike, widths: Mapping[str, int]) -> Calibration:
     """Take what a file holds, if it is of these layers."""
-    return _adopt(coder, *files.load_tensors(path, KIND), path)
+    return _adopt(scorer, *files.load_tensors(path, KIND), path, widths)
 
 
-def _adopt(coder: Coder, arrays: files.Arrays, header: dict[str, Any], path: files.PathLike) -> Calibration:
+def _adopt(
+    scorer: Scorer, arrays: files.Arrays, header: dict[str, Any], path: files.PathLike, widths: Mapping[str, int]
+) -> Calibration:
     with _broken(path):
-        calibration, books = read_calibration(coder, arrays, header)
-    _check_books(coder, books)
-    _check(coder, calibration, header)
-    coder.adopt(books, calibration)
+        calibration, books = read_calibration(scorer, arrays, header)
+    _check_books(scorer, books, widths)
+    _check(scorer, calibration, header)
+    scorer.adopt(books, calibration)
     return calibration
 
 
@@ -104,7 +106,7 @@ def _broken(path: files.PathLike) -> Iterator[None]:
 
 
 def read_calibration(
-    coder: Coder, arrays: files.Arrays, header: dict[str, Any]
+    scorer: Scorer, arrays: files.Arrays, header: dict[str, Any]
 ) -> tuple[Calibration, dict[str, LayerCodebook]]:
     """Calibration and codebooks from a file's arrays and header."""
     names, counted = _names(header["layers"]), _names(header["counted"])
@@ -114,7 +116,7 @@ def read_calibration(
     scores = _sorted(arrays["scores"])
     if min(fit, rank) < 1 or last != len(scores):
         raise ValueError(f"{len(scores)} scores of {last} samples")
-    books = {name: _book(coder, index, name, arrays) for index, name in enumerate(names)}
+    books = {name: _book(scorer, index, name, arrays) for index, name in enumerate(names)}
     classes = header["classes"]
     calibration = Calibration(
         names,
@@ -130,8 +132,8 @@ def read_calibration(
     return calibration, books
 
 
-def _book(coder: Coder, index: int, name: str, arrays: files.Arrays) -> LayerCodebook:
-    book = LayerCodebook(coder.settings, torch.device("cpu"))
+def _book(scorer: Scorer, index: int, name: str, arrays: files.Arrays) -> LayerCodebook:
+    book = LayerCodebook(scorer.settings, torch.device("cpu"))
     book.restore(_parts(index, name, arrays))
     return book
 
@@ -169,20 +171,19 @@ def _parts(index: int, name: str, arrays: files.Arrays) -> files.Arrays:
     return parts
 
 
-def _check_books(coder: Coder, books: dict[str, LayerCodebook]) -> None:
-    strange = [name for name in books if name not in coder.channels]
+def _check_books(scorer: Scorer, books: dict[str, LayerCodebook], widths: Mapping[str, int]) -> None:
+    strange = [name for name in books if name not in scorer.books]
     if strange:
         raise BadValue(
             f"The calibration is of the layer {strange[0]}, which is not observed here",
-            f"one of {', '.join(list(coder.channels)[:5])}",
+            f"one of {', '.join(list(scorer.books)[:5])}",
             "Wrap the same layers as when it was saved",
         )
     for name, book in books.items():
-        buffer = coder.channels[name].buffer
-        if buffer is not None:
-            book.check(name, buffer.shape[1])
-        own = coder.books[name]
-        if coder.handed_out and coder.learned() and own.ready and own.codes.shape != book.codes.shape:
+        if name in widths:
+            book.check(name, widths[name])
+        own = scorer.books[name]
+        if scorer.handed_out and scorer.learned() and own.ready and own.codes.shape != book.codes.shape:
             raise BadValue(
                 f"There are codes {list(book.codes.shape)} for {name}, and an optimiser may hold "
                 f"{list(own.codes.shape)}, since codebook_parameters() gave them away",
@@ -191,18 +192,18 @@ def _check_books(coder: Coder, books: dict[str, LayerCodebook]) -> None:
             )
 
 
-def _check(coder: Coder, calibration: Calibration, header: dict[str, Any]) -> None:
-    if (calibration.doubt is None) != (coder.doubt is None):
+def _check(scorer: Scorer, calibration: Calibration, header: dict[str, Any]) -> None:
+    if (calibration.doubt is None) == scorer.logits:
         said = "without logits" if calibration.doubt is None else "with logits"
         raise BadValue(f"The calibration was made {said}", "the same here", "Wrap with the same logits= as then")
     given = {"most_positions": Codebook.most_positions} | header["settings"]  # older files have none
-    compared = ("positions", "mask", *(["most_positions"] if coder.settings.positions == "each" else []))
-    differs = [name for name in compared if given.get(name) != getattr(coder.settings, name)]
+    compared = ("positions", "mask", *(["most_positions"] if scorer.settings.positions == "each" else []))
+    differs = [name for name in compared if given.get(name) != getattr(scorer.settings, name)]
     if differs:
         name = differs[0]
         raise BadValue(
             f"The calibration was made with Codebook({name}={given.get(name)!r})",
-            f"{name}={getattr(coder.settings, name)!r}, as here",
+            f"{name}={getattr(scorer.settings, name)!r}, as here",
             "Wrap with the same codebook as then",
         )
 

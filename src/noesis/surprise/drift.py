@@ -31,8 +31,6 @@ from ..errors import BadType, BadValue, WrongState
 from ..results.surprise import Surprise
 from .calibration import Calibration
 
-Floats = NDArray[np.float64]
-
 #: Exponents of the bets: 0.05 wins most by few very strange inputs, 0.95 by many that are a little strange.
 EXPONENTS = np.linspace(0.05, 0.95, 10)
 #: A bet that has won so much wins no more, and stays a number.

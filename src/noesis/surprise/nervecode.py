@@ -11,14 +11,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import BadValue
-from ..kernels.coding import code_reference, directions
+from ..kernels.coding.reference import code_reference, directions
+from ..numerics.arrays import Floats
 from .codebook import LayerCodebook
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

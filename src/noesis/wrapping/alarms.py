@@ -20,12 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BadType, BadValue, NoesisError, NoesisWarning
+from ..numerics.arrays import Floats, Ints
 from ..results.trace import Trace
 from ..text import counted
-from .wrap import Wrapped
+from .wrapped import Wrapped
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 Kind = Literal["nonfinite", "dead", "exploding", "vanishing"]
 SIDES: tuple[tuple[Kind, int], ...] = (("exploding", 1), ("vanishing", -1))  # of the baseline

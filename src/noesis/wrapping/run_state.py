@@ -14,7 +14,7 @@ from ..errors import BadFile, BadType, BadValue
 from ..files import bounded_json as bounded
 from ..results.trace import Trace
 from ..surprise.calibration_file import pack_codes, unpack_codes
-from .wrap import Wrapped
+from .wrapped import Wrapped
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -74,7 +74,7 @@ class RunState:
         if recorder.gradients is not None:
             traces["gradients"] = self.wrapped.gradients(group=self.group, timeout=self.timeout)
         run = {name: json.loads(_without_steps(trace).to_json()) for name, trace in traces.items()}
-        codes = {} if recorder.coder is None else pack_codes(recorder.coder)
+        codes = {} if recorder.scorer is None else pack_codes(recorder.scorer)
         text = {name: base64.b64encode(data).decode() for name, data in codes.items()}
         return {"run": files.dump_json(run), "codes": files.dump_json(text)}
 
@@ -91,8 +91,8 @@ class RunState:
             if ours is not None and trace is not None:
                 _check(trace, "layers", ours.names, shared=self.group is not None)
                 _check(trace, "stats", list(ours.stats))
-        if codes and recorder.coder is not None:
-            unpack_codes(recorder.coder, codes, WHERE)
+        if codes and recorder.scorer is not None and recorder.channels is not None:
+            unpack_codes(recorder.scorer, codes, WHERE, recorder.channels.widths())
         self.wrapped.reset()
         if self.group is not None and self.group.rank() > 0:
             return  # the totals are of all ranks, and are counted once

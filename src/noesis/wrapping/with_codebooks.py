@@ -14,21 +14,23 @@ from .. import files
 from ..distributed.calibration import calibrate_over
 from ..errors import BadType, BadValue, NoesisWarning, WrongState
 from ..internals.modes import undisturbed
-from ..kernels.stepping import FORWARDS
+from ..kernels.layout import FORWARDS
+from ..observing.channels import Channels
 from ..observing.recorder import Recorder
 from ..results.surprise import Surprise
 from ..surprise.calibration import Calibration
 from ..surprise.calibration_file import load_calibration, save_calibration
 from ..surprise.codebook import Codebook, LayerCodebook
+from ..surprise.collection import Collection
 from ..surprise.nervecode import Ambiguity
-from ..surprise.scorer import Coder
-from .calibration_loop import Collection, collect
+from ..surprise.scorer import Scorer
+from .calibration_loop import collect
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class Judging:
+class WithCodebooks:
     """What a container with a codebook answers about the inputs of its model."""
 
     model: nn.Module
@@ -81,21 +83,29 @@ class Judging:
             Calibration(600 samples: 400 fitted the codes, 100 rank the layers, 100 give the p-values, which start \
 at 0.0099; 2 layers and the logits)
         """
-        coder = self._coder()
+        scorer = self._scorer()
         if forward is not None and not callable(forward):
             raise BadType(f"calibrate(forward={forward!r})", "a function of the model and a batch", "Leave it out")
-        if labels and coder.learned():
+        if labels and scorer.learned():
             raise BadValue(
                 "labels=True, and codes that were learned, which calibrate keeps",
                 "codes without labels",
                 "Leave labels out, or wrap with Codebook(learn=False) for a code per class",
             )
-        if by_class and coder.doubt is None:
+        if by_class and not scorer.logits:
             raise BadValue("by_class=True without logits", "a wrap that sees the logits", 'Pass wrap(..., logits="fc")')
 
         def collected() -> Collection:
             return collect(
-                self.model, self._root, self._recorder, coder, loader, labels=labels, progress=progress, forward=forward
+                self.model,
+                self._root,
+                self._recorder,
+                self._channels(),
+                scorer,
+                loader,
+                labels=labels,
+                progress=progress,
+                forward=forward,
             )
 
         with undisturbed():
@@ -103,7 +113,7 @@ at 0.0099; 2 layers and the logits)
                 collection = collected()
                 made, seen = collection.fit(by_class), collection.seen
             else:
-                made, seen = calibrate_over(coder, collected, by_class, group, timeout)
+                made, seen = calibrate_over(scorer, collected, by_class, group, timeout)
         if seen > sum(made.samples):
             logger.info("{} of {} calibration samples were kept", sum(made.samples), seen)
         logger.info("{}", made)
@@ -112,7 +122,7 @@ at 0.0099; 2 layers and the logits)
     @property
     def calibration(self) -> Calibration | None:
         """What `calibrate` learned."""
-        return self._coder().calibration
+        return self._scorer().calibration
 
     def surprise(self) -> Surprise:
         """How strange each sample of the latest forward is; forwards inside `paused()` do not count.
@@ -123,17 +133,18 @@ at 0.0099; 2 layers and the logits)
         Raises:
             NoesisError: without a codebook, or when no layer was observed in the latest forward.
         """
-        coder = self._coder()
-        if coder.calibration is not None and not coder.warned:
-            self._warn_of_train_mode(coder)
+        scorer = self._scorer()
+        if scorer.calibration is not None and not scorer.warned:
+            self._warn_of_train_mode(scorer)
         with undisturbed():
-            found: Surprise = coder.surprise(self._forwards())
+            channels, forwards = self._channels(), self._forwards()
+            found: Surprise = scorer.surprise(channels.kept(forwards), channels.kept_logits(forwards))
         return found
 
-    def _warn_of_train_mode(self, coder: Coder) -> None:
+    def _warn_of_train_mode(self, scorer: Scorer) -> None:
         name = next((name for name, module in self._root.named_modules() if module.training and wavers(module)), None)
         if name is not None:
-            coder.warned = True
+            scorer.warned = True
             warnings.warn(
                 f"{name or 'The model'} is in train mode, and calibrate() ran in eval mode: if the latest forward was "
                 "in train mode too, its p-values promise nothing. Call wrapped.eval() before the forward.",
@@ -143,11 +154,11 @@ at 0.0099; 2 layers and the logits)
 
     def ambiguity(self, **weights: Any) -> Ambiguity:
         """Nervecode's measures of the latest forward; see `Ambiguity` for the arguments."""
-        coder = self._coder()
+        scorer = self._scorer()
         with undisturbed():
-            kept = coder.kept(self._forwards())
-            coder.ensure_codes(kept)
-            return Ambiguity.of({name: (coder.books[name], found.vectors) for name, found in kept.items()}, **weights)
+            kept = self._channels().kept(self._forwards())
+            scorer.ensure_codes(kept)
+            return Ambiguity.of({name: (scorer.books[name], found.vectors) for name, found in kept.items()}, **weights)
 
     def coding_loss(self) -> Tensor:
         """The mean code length per dimension of the latest forward, in nats: a scalar to add to a training loss.
@@ -166,18 +177,20 @@ at 0.0099; 2 layers and the logits)
             >>> loss = wrapped(torch.randn(16, 4)).square().mean() + 0.1 * wrapped.coding_loss()
             >>> loss.backward()
         """
-        return self._coder().loss(self._forwards())
+        scorer, channels = self._scorer(), self._channels()
+        scorer.check_learning()
+        return scorer.loss(channels.kept(self._forwards()), channels.take_live())
 
     def codebook_parameters(self) -> list[nn.Parameter]:
         """Codes and projections for an optimiser; no part of the model's own parameters."""
-        coder = self._coder()
-        coder.handed_out = True
-        return [parameter for book in coder.books.values() for parameter in book.parameters()]
+        scorer = self._scorer()
+        scorer.handed_out = True
+        return [parameter for book in scorer.books.values() for parameter in book.parameters()]
 
     @property
     def codebooks(self) -> dict[str, LayerCodebook]:
         """The codebook of each layer, with its usage."""
-        return dict(self._coder().books)
+        return dict(self._scorer().books)
 
     def save_calibration(self, path: files.PathLike) -> Path:
         """Write codebooks and calibration to a `.safetensors` file.
@@ -185,7 +198,7 @@ at 0.0099; 2 layers and the logits)
         Raises:
             NoesisError: before calibration.
         """
-        return save_calibration(self._coder(), path)
+        return save_calibration(self._scorer(), path)
 
     def load_calibration(self, path: files.PathLike) -> Calibration:
         """Take codebooks and calibration from a file that `save_calibration` wrote for the same layers.
@@ -194,13 +207,18 @@ at 0.0099; 2 layers and the logits)
             NoesisError: when the file is broken, or is of other layers or widths, which it names; or when its codes are
                 of another size than those that `codebook_parameters` gave to an optimiser.
         """
-        return load_calibration(self._coder(), path)
+        return load_calibration(self._scorer(), path, self._channels().widths())
 
-    def _coder(self) -> Coder:
-        coder: Coder | None = self._recorder.coder
-        if coder is None:
+    def _scorer(self) -> Scorer:
+        scorer: Scorer | None = self._recorder.scorer
+        if scorer is None:
             raise WrongState("This wrap has no codebooks", "one that has", "Pass wrap(..., codebook=noesis.Codebook())")
-        return coder
+        return scorer
+
+    def _channels(self) -> Channels:
+        channels: Channels | None = self._recorder.channels
+        assert channels is not None  # wherever there is a scorer
+        return channels
 
     def _forwards(self) -> int:
         return int(self._recorder.banks[0].control[FORWARDS])

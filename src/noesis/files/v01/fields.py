@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ...errors import BadFile, MissingFile
-from ..formats import accessing, read_json
+from ...errors import BadFile, BadValue, MissingFile
+from ..atomic import accessing
+from ..formats import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -123,3 +125,16 @@ def repeated(values: Iterable[_T]) -> _T | None:
 def bad(where: object, what: str, expected: str, do: str = "The file may be damaged; write it again") -> BadFile:
     """The error for a file that is not as v0.1 wrote it."""
     return BadFile(f"{where}: {what}", expected, do)
+
+
+def check_identity(run_id: str, meta: dict[str, Any], layers: list[str]) -> None:
+    """Refuse to write what could not be told apart when read."""
+    if not run_id:
+        raise BadValue("the run id is empty", "a name for the run", "Name the run")
+    try:
+        json.dumps(meta, default=str)
+    except (TypeError, ValueError, RecursionError) as error:
+        given = f"meta does not fit into JSON ({error})"
+        raise BadValue(given, "a dict with string keys", "Leave out what JSON cannot hold") from None
+    if (twice := repeated(layers)) is not None:
+        raise BadValue(f"two layers are called {twice!r}", "a name for each row", "Name calls 'name#1', 'name#2'")

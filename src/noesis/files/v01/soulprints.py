@@ -14,10 +14,24 @@ import numpy as np
 from loguru import logger
 
 from ...errors import BadFile, BadValue, MissingFile
-from ..formats import PathLike, json_bytes, write_bytes
-from .fields import FIT, LARGEST_STEP, SOULPRINT, bad, get, head, numbers, read_typed, repeated, trace_files, whole
+from ..atomic import PathLike, write_bytes
+from ..formats import json_bytes
+from .fields import (
+    FIT,
+    LARGEST_STEP,
+    SOULPRINT,
+    bad,
+    check_identity,
+    get,
+    head,
+    numbers,
+    read_typed,
+    repeated,
+    trace_files,
+    whole,
+)
 from .names import bare_names, qualified
-from .traces import check_identity, read_steps
+from .traces import read_steps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -130,7 +144,7 @@ def write_soulprint(p: Print, path: PathLike) -> Path:
     Raises:
         BadValue: the soulprint does not fit together.
     """
-    check_identity(p)
+    check_identity(p.run_id, p.meta, p.layers)
     rows = len(p.layers)
     if not rows or p.means.shape != (rows,) or p.stds.shape != (rows,) or not 1 <= p.steps <= LARGEST_STEP:
         given = f"{rows} layers, means {p.means.shape}, stds {p.stds.shape}, {p.steps} steps"

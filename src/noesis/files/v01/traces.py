@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import BadValue, MissingFile
-from ..formats import PathLike, json_bytes, write_all
+from ..atomic import PathLike, write_all
+from ..formats import json_bytes
 from .fields import (
     ASK_PATH,
     FIT,
@@ -24,11 +25,11 @@ from .fields import (
     MOST_SIZES,
     TRACE,
     bad,
+    check_identity,
     get,
     head,
     numbers,
     read_typed,
-    repeated,
     trace_files,
     whole,
 )
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
-
-    from .soulprints import Print
 
 
 #: The last axis of `Run.values`.
@@ -303,7 +302,7 @@ def _check_pair(one: _Step, two: _Step, run_id: str) -> None:
 
 
 def _check_run(run: Run, shapes: Mapping[str, Sequence[int]]) -> None:
-    check_identity(run)
+    check_identity(run.run_id, run.meta, run.layers)
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", run.run_id):
         given = f"the run id {reprlib.repr(run.run_id)} cannot be part of a file name"
         raise BadValue(given, "1 to 200 of letters, digits, '.', '_' and '-', no '.' in front", "Give it another id")
@@ -323,16 +322,3 @@ def _check_run(run: Run, shapes: Mapping[str, Sequence[int]]) -> None:
         if name not in run.layers or len(shape) > MOST_SIZES or any(size < 1 for size in shape):
             given = f"shapes says {reprlib.repr(shape)} for {name!r}"
             raise BadValue(given, "positive sizes, and names from run.layers", "Correct shapes")
-
-
-def check_identity(of: Run | Print) -> None:
-    """Refuse to write what could not be told apart when read."""
-    if not of.run_id:
-        raise BadValue("the run id is empty", "a name for the run", "Name the run")
-    try:
-        json.dumps(of.meta, default=str)
-    except (TypeError, ValueError, RecursionError) as error:
-        given = f"meta does not fit into JSON ({error})"
-        raise BadValue(given, "a dict with string keys", "Leave out what JSON cannot hold") from None
-    if (twice := repeated(of.layers)) is not None:
-        raise BadValue(f"two layers are called {twice!r}", "a name for each row", "Name calls 'name#1', 'name#2'")

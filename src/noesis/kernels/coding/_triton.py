@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout_triton import INFINITY
-from . import op as coding
-from .op import Book, Coded
+from . import reference
+from .reference import Book, Coded
 
-SHORTEST = tl.constexpr(coding.SHORTEST)
+SHORTEST = tl.constexpr(reference.SHORTEST)
 LARGEST_FINITE = tl.constexpr(float(torch.finfo(torch.float32).max))
 #: Vectors a program takes, channels and codes it reads at a time; the least that a matrix product takes.
 ROWS, CHANNELS, CODES = 16, 16, 32

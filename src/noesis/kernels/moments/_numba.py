@@ -19,8 +19,24 @@ import torch
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from ..rows import ABS_MEAN, BASE, CALLS, COUNT, COUNTS, FIELDS, MAX, MEAN, MIN, NONFINITE, ORDER, STD, ZEROS
-from ..stepping import ACTIVE, SEQUENCE, SLOT
+from ..layout import (
+    ABS_MEAN,
+    ACTIVE,
+    BASE,
+    CALLS,
+    COUNT,
+    COUNTS,
+    FIELDS,
+    MAX,
+    MEAN,
+    MIN,
+    NONFINITE,
+    ORDER,
+    SEQUENCE,
+    SLOT,
+    STD,
+    ZEROS,
+)
 
 #: How the kernel is told what it reads.
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -11,10 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import rows
-from ..rows import BASE, CALLS, COUNTS, FIELDS, ORDER
-from ..stepping import SEQUENCE, SLOT
-from .op import by_sample, reference, storage_order
+from .. import layout, rows
+from ..layout import BASE, CALLS, COUNTS, FIELDS, ORDER, SEQUENCE, SLOT
+from .reference import by_sample, measure_reference, storage_order
 
 #: Elements measured at a time: large enough for the threads, small enough for the cache.
 BLOCK = 1 << 20
@@ -63,7 +62,7 @@ def _observe_whole(x: Tensor, count_zeros: bool, target: NDArray[np.float32], or
 def _observe_samples(x: Tensor, samples: int, count_zeros: bool, target: NDArray[np.float32], order: int) -> None:
     split = by_sample(x, samples)
     if split.shape[1] < SHORT:
-        measured: Any = reference(split, count_zeros).numpy()
+        measured: Any = measure_reference(split, count_zeros).numpy()
     else:
         measured = [_measure(storage_order(sample), count_zeros) for sample in split]
     _merge(target, measured, order)
@@ -81,7 +80,7 @@ def _merge(target: NDArray[np.float32], measured: Any, order: int) -> None:
 
 def _packed(row: tuple[float, ...], calls: int, order: int) -> tuple[float, ...]:
     """The slots of a row; `rows.pack` for one row, without arrays."""
-    if row[rows.COUNT] < BASE and row[rows.NONFINITE] < BASE:
+    if row[layout.COUNT] < BASE and row[layout.NONFINITE] < BASE:
         return (*row[:CALLS], calls, order, 0.0, 0.0, 0.0)
     counts, rest = row[: len(COUNTS)], row[len(COUNTS) : CALLS]
     return (*(count % BASE for count in counts), *rest, calls, order, *(count // BASE for count in counts))
@@ -91,12 +90,12 @@ def _union(slots: list[float], row: tuple[float, ...]) -> tuple[float, ...]:
     """The row of a packed row's elements and another's; `rows.combine` for two, without arrays."""
     counts = [slots[field] + BASE * slots[len(FIELDS) + position] for position, field in enumerate(COUNTS)]
     count, nonfinite, zeros = (held + new for held, new in zip(counts, row, strict=False))
-    if row[rows.COUNT] == 0 or counts[0] == 0:
-        filled = slots if row[rows.COUNT] == 0 else row
+    if row[layout.COUNT] == 0 or counts[0] == 0:
+        filled = slots if row[layout.COUNT] == 0 else row
         return (count, nonfinite, zeros, *filled[len(COUNTS) : CALLS], 0.0, 0.0)
     _, _, _, mean, std, absolute, low, high, *_ = slots
     _, _, _, mean_2, std_2, absolute_2, low_2, high_2, *_ = row
-    w, w_2 = counts[0] / count, row[rows.COUNT] / count
+    w, w_2 = counts[0] / count, row[layout.COUNT] / count
     whole = w * mean + w_2 * mean_2
     d, d_2 = mean - whole, mean_2 - whole
     spread = math.sqrt(w * (std * std + d * d) + w_2 * (std_2 * std_2 + d_2 * d_2))

@@ -13,7 +13,7 @@ import numpy as np
 from numba import carray, njit, types
 
 from ..moments._numba import REORDER, pointer
-from .op import LEAST_SQUARE
+from .reference import LEAST_SQUARE
 
 #: Positions summed in float32 before they are carried over.
 BLOCK = 256

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..launching import Kernel, current_stream
 from ..layout_triton import ACTIVE, FORWARDS
-from . import op as pooling
+from . import reference
 
-FORWARD, SAMPLES, CALLS = (tl.constexpr(i) for i in (pooling.FORWARD, pooling.SAMPLES, pooling.CALLS))
-LEAST_SQUARE = tl.constexpr(pooling.LEAST_SQUARE)
+FORWARD, SAMPLES, CALLS = (tl.constexpr(i) for i in (reference.FORWARD, reference.SAMPLES, reference.CALLS))
+LEAST_SQUARE = tl.constexpr(reference.LEAST_SQUARE)
 #: Positions and channels read at a time, where channels follow each other in memory and where positions do.
 CHANNELS_LAST, CHANNELS_FIRST = (32, 32), (256, 4)
 
@@ -113,8 +113,8 @@ def pool_triton(
     """
     device = control.device
     stream = current_stream(device)
-    width = pooling.width(x, samples, channel, spread)
-    rows = pooling.by_position(x.resolve_neg(), samples, channel)
+    width = reference.width(x, samples, channel, spread)
+    rows = reference.by_position(x.resolve_neg(), samples, channel)
     _, positions, channels = rows.shape
     tile = CHANNELS_LAST if rows.stride(2) == 1 else CHANNELS_FIRST
     both = width > channels

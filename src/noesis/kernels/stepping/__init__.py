@@ -1,6 +1,6 @@
 """The ring of steps."""
 
-from .op import (
+from ..layout import (
     ACTIVE,
     BATCH,
     BRANCH,
@@ -19,14 +19,9 @@ from .op import (
     SUM_STD,
     TIMESTEP,
     TOTALS,
-    add_steps,
-    begin_anywhere,
-    begin_cpu,
-    end,
-    end_anywhere,
-    merge_totals,
-    with_whole,
 )
+from .op import begin_anywhere, end_anywhere
+from .reference import add_steps, begin_cpu, end, merge_totals, with_whole
 
 __all__ = [
     "ACTIVE",

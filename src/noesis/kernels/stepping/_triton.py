@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import rows
+from .. import layout
 from ..launching import Kernel, current_stream, lane
 from ..layout_triton import (
     ABS_MEAN,
@@ -42,7 +42,7 @@ from ..layout_triton import (
     ZEROS,
 )
 
-BASE = tl.constexpr(rows.BASE)
+BASE = tl.constexpr(layout.BASE)
 
 #: Layers a program takes.
 BLOCK = 128

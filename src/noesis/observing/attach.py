@@ -1,0 +1,72 @@
+"""Having chosen modules observed."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..internals.libraries import stream_index
+from .gradients import GradientRecorder
+from .observed import become_observed, restore
+from .recorder import Recorder
+from .site import Site
+
+#: What a denoiser's forward may call its timestep.
+TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "sigmas")
+
+
+def observe(
+    recorder: Recorder,
+    chosen: list[tuple[str, nn.Module]],
+    roots: list[nn.Module],
+    output: Callable[[Any], Any] | None,
+    logits: nn.Module | None,
+) -> None:
+    """Turn chosen modules, and those whose forwards are steps, into observed ones: all of them, or none."""
+    channels = recorder.channels
+    gradients = recorder.gradients if isinstance(recorder.gradients, GradientRecorder) else None
+    sites: dict[int, tuple[nn.Module, Site]] = {id(root): (root, Site(recorder)) for root in roots}
+    for root, site in sites.values():
+        site.root = True
+        names = _parameters(root.forward)
+        found = [name for name in TIMESTEPS if name in names]
+        if found:
+            site.timestep_name, site.timestep = found[0], names.index(found[0])
+        if channels is not None and channels.settings.mask in names:
+            site.mask = names.index(channels.settings.mask)
+    by_name = {router.name: router for router in recorder.routers}
+    for index, (name, module) in enumerate(chosen):
+        _, site = sites.setdefault(id(module), (module, Site(recorder)))
+        site.index, site.name, site.places = index, name, recorder.places[index]
+        site.pick, site.stream = output, stream_index(module)
+        site.gradients = gradients
+        site.router = by_name.get(name)
+        site.looks = True
+        if channels is not None and module is not logits:
+            site.channel = channels.add(name, module)
+    if channels is not None and (logits is not None or channels.logits is not None):
+        _, site = sites.setdefault(id(logits or root), (logits or root, Site(recorder)))
+        site.doubt, site.looks = channels.see_logits(), True
+        if logits is not None:
+            site.head = channels.see_head(recorder.settings["logits"])
+    done: list[nn.Module] = []
+    try:
+        for module, site in sites.values():
+            become_observed(module, site)
+            done.append(module)
+    except Exception:
+        for module in done:
+            restore(module)
+        raise
+    recorder.observed = [weakref.ref(module) for module in done]
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    try:
+        return list(inspect.signature(function).parameters)
+    except (ValueError, TypeError):  # a builtin put in the place of forward
+        return []

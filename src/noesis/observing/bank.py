@@ -1,0 +1,194 @@
+"""The slab of one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..internals.compiling import stays
+from ..internals.modes import undisturbed
+from ..kernels import moments, rows, stepping
+from ..kernels.layout import (
+    ACTIVE,
+    CONTROL,
+    ENABLED,
+    EVERY,
+    FIELDS,
+    FOLD,
+    FOLDED,
+    FORWARDS,
+    OBSERVED,
+    SEQUENCE,
+    SLOT,
+    SLOTS,
+    STEP,
+    TOTALS,
+)
+from ..kernels.moments.op import scratch
+from ..kernels.runtime import as_array, by_value, from_value
+from ..kernels.stepping import reference
+from ..numerics.arrays import Floats
+from .route_bank import RouteBank
+
+#: Steps that the CPU adds to the totals at a time once the ring is full, and rows, which bound the scratch memory.
+LARGEST_FOLD = 64
+FOLDED_ROWS = 1 << 14
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Everything a recorder knows, on the host."""
+
+    steps: Floats  # [steps, STEP]
+    rows: Floats  # [steps, 1 + samples, layers, FIELDS]; entry 0 is the whole, not the remainder
+    totals: Floats  # [1 + samples, layers, TOTALS], over all steps of the run
+    dropped: int  # steps the ring no longer holds
+    forwards: int  # that have begun
+
+
+class Bank:
+    """The slab of one device and the control block that says where its rows go."""
+
+    def __init__(self, device: torch.device, layers: int, capacity: int, samples: int, every: int) -> None:
+        self.device = device
+        wide = torch.float32 if device.type == "mps" else torch.float64  # Apple GPUs have no float64
+        # Outside inference mode, whoever calls: inference tensors could not be written to later.
+        with undisturbed(), torch.inference_mode(False):
+            self.slab = torch.zeros(capacity + 1, 1 + samples, layers, SLOTS, dtype=torch.float32, device=device)
+            self.totals = torch.zeros(1 + samples, layers, TOTALS, dtype=wide, device=device)
+            self.steps = torch.zeros(capacity, STEP, dtype=wide, device=device)
+            self.control = torch.zeros(CONTROL, dtype=torch.int64, device=device)
+            self.scratch = scratch(device)
+            self.no_timestep = torch.full((), torch.nan, dtype=wide, device=device)
+            self.control[EVERY] = every
+            self.control[FOLD] = self._fold() if device.type == "cpu" else 1
+            self.control[SLOT] = capacity
+            self.control[ENABLED] = self.control[ACTIVE] = 1
+            for tensor in (self.slab, self.totals, self.steps, self.control, self.scratch, self.no_timestep):
+                stays(tensor)
+            self._view()
+        self.active_before: Tensor | int = 1
+        self.routes: RouteBank | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Steps the ring holds."""
+        return self.steps.shape[0]
+
+    @property
+    def samples(self) -> int:
+        """Samples there is room for; 0 without per-sample rows."""
+        return self.totals.shape[0] - 1
+
+    def _fold(self) -> int:
+        """Steps to add to the totals at a time: many where they are small."""
+        _, room, layers, _ = self.slab.shape
+        return max(1, min(self.capacity, LARGEST_FOLD, FOLDED_ROWS // (room * layers)))
+
+    def _view(self) -> None:
+        found = [as_array(tensor) for tensor in (self.slab, self.totals, self.steps, self.control)]
+        self.arrays = None if any(array is None for array in found) else tuple(found)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return by_value({**self.__dict__, "arrays": None})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(from_value(state))
+        self._view()  # copies of the arrays would no longer share memory with the tensors
+
+    def begin(self, timestep: Tensor | float | None, branch: int, batch: int) -> None:
+        """Start a step."""
+        if isinstance(timestep, Tensor):
+            timestep = timestep.detach().reshape(-1)[0]  # pipelines repeat it over the batch
+        if self.arrays is not None and not torch.compiler.is_compiling():
+            reference.begin_cpu(np.nan if timestep is None else float(timestep), branch, batch, *self.arrays)
+            return
+        if isinstance(timestep, Tensor):
+            value = timestep
+        elif timestep is None:
+            value = self.no_timestep
+        else:
+            # Not torch.full, of which compiled code would make one graph per value.
+            value = torch.zeros((), dtype=self.no_timestep.dtype, device=self.device) + timestep
+        begin = torch.ops.noesis.begin if torch.compiler.is_compiling() else stepping.begin_anywhere
+        begin(value, branch, batch, self.slab, self.totals, self.steps, self.control, self.scratch)
+
+    def end(self) -> None:
+        """End a step: what is called from now on belongs to the next one."""
+        if torch.compiler.is_compiling():
+            torch.ops.noesis.end(self.control, self.capacity)
+        elif self.arrays is not None:
+            reference.end(self.arrays[3], self.capacity)
+        else:
+            stepping.end_anywhere(self.control, self.capacity)
+
+    def observe(self, x: Tensor, index: int, place: Tensor, samples: int, count_zeros: bool) -> None:
+        """Merge a tensor into the row of layer `index`, which `place` holds on the device."""
+        if self.arrays is not None:
+            moments.observe_cpu(x.detach(), index, samples, count_zeros, self.arrays[0], self.arrays[3])
+        else:
+            moments.observe_anywhere(x, place, samples, count_zeros, self.slab, self.control, self.scratch)
+
+    def emit(self, x: Tensor, place: Tensor, samples: int, count_zeros: bool) -> None:
+        """The same in compiled code."""
+        torch.ops.noesis.moments(x.detach(), place, samples, count_zeros, self.slab, self.control, self.scratch)
+
+    def switch(self, enabled: bool) -> None:
+        """Set the flags that the kernels look at."""
+        if enabled:
+            self.control[ENABLED], self.control[ACTIVE] = 1, self.active_before
+        else:
+            self.active_before = self.control[ACTIVE].clone()  # a forward that `every` leaves out stays left out
+            self.control[ENABLED] = self.control[ACTIVE] = 0
+        if self.routes is not None:
+            self.routes.interrupt()
+
+    def grow(self, samples: int) -> None:
+        """Make room for more samples; what is held stays."""
+        with torch.inference_mode(False):
+            for name, dim in (("slab", 1), ("totals", 0)):
+                old = getattr(self, name)
+                shape = list(old.shape)
+                shape[dim] = 1 + samples
+                new = torch.zeros(shape, dtype=old.dtype, device=old.device)
+                new.narrow(dim, 0, old.shape[dim]).copy_(old)
+                setattr(self, name, stays(new))
+        self.control[FOLD] = self.control[FOLD].clamp(max=self._fold())
+        self._view()
+
+    def clear(self) -> None:
+        """Forget all steps; the tensors stay where compiled code and graphs know them."""
+        for tensor in (self.slab, self.totals, self.steps, self.scratch):
+            tensor.zero_()
+        for field in (FORWARDS, OBSERVED, SEQUENCE, FOLDED):
+            self.control[field] = 0
+        self.control[SLOT], self.control[ACTIVE] = self.capacity, self.control[ENABLED]
+        if self.routes is not None:
+            self.routes.clear()
+
+    def beside(self, device: torch.device) -> Bank:
+        """An empty bank on another device, at the same step."""
+        layers = self.slab.shape[2]
+        bank = Bank(device, layers, self.capacity, self.samples, 1)
+        bank.control.copy_(self.control)
+        bank.routes = None if self.routes is None else self.routes.beside(device)
+        return bank
+
+    def state(self) -> tuple[Floats, NDArray[np.int64]]:
+        """What is known of each step, and the control block, on the host."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # rows may have been written on any stream
+        steps, control = (tensor.detach().cpu().numpy() for tensor in (self.steps, self.control))
+        return steps.astype(np.float64), control.copy()
+
+    def held(self, slots: list[int] | None = None) -> Floats:
+        """Rows [slots, rows, layers, FIELDS] on the host; of all capacity + 1 slots by default."""
+        slab = self.slab.detach()
+        packed = (slab if slots is None else slab[slots]).cpu().numpy()
+        unpacked: Floats = rows.unpack(packed, np.zeros((*packed.shape[:-1], len(FIELDS))))
+        return unpacked

@@ -1,0 +1,139 @@
+"""Runs from files and folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .. import files
+from ..errors import BadFile, MissingFile
+from ..files import NoArrayError, v01
+from .soulprint import Soulprint
+from .trace import Trace
+
+#: Names of a folder that stand for the folder's one run.
+TRACES = ("trace.safetensors", "trace.json", "trace.json.gz")
+SOULPRINTS = ("soulprint.safetensors", "soulprint.json", "soulprint.json.gz")
+
+
+def load_run(path: files.PathLike, run: str | None = None) -> Trace | Soulprint:
+    """The trace or soulprint in a file or folder, of a folder that holds both the trace.
+
+    Args:
+        path: a file written by `save` or by noesis v0.1, or a folder of such files.
+        run: which run, where files of v0.1 of several runs share the folder.
+
+    Raises:
+        NoesisError: when there is none, it is broken, or it is ambiguous.
+
+    Example:
+        >>> import tempfile, noesis
+        >>> from noesis.results.loading import load_run
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = noesis.Soulprint([0.0], [1.0], ["conv"]).save(f"{folder}/a.json")
+        ...     load_run(f"{folder}/a.json").layers
+        ['conv']
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return _load_file(path, run)
+    if _one_of(path, TRACES) or v01.runs_in(path):
+        return Trace.load(path, run)
+    if _one_of(path, SOULPRINTS):
+        return Soulprint.load(path)
+    raise MissingFile(
+        f"{path} holds no run",
+        f"{TRACES[0]}, {SOULPRINTS[0]} or files of noesis v0.1",
+        "Pass a file, or a folder that noesis trace wrote",
+    )
+
+
+def load_runs(folder: files.PathLike) -> list[Trace | Soulprint]:
+    """Every run in a folder and in the folders directly below it.
+
+    A soulprint that lies beside the trace of the same run is not a run of its own; nor is a file
+    of another kind.
+
+    Raises:
+        NoesisError: when there is none, or a file is broken.
+
+    Example:
+        >>> import tempfile, noesis
+        >>> from noesis.results.loading import load_runs
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for number in range(3):
+        ...         _ = noesis.Soulprint([0.0], [1.0], ["conv"]).save(f"{folder}/{number}/soulprint.safetensors")
+        ...     len(load_runs(folder))
+        3
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise MissingFile(f"{folder} is no folder", "a folder of traces or soulprints", "Check the path")
+    below = sorted(child for child in folder.iterdir() if child.is_dir())
+    found = [run for each in (folder, *below) for run in _runs_of(each)]
+    if not found:
+        raise MissingFile(f"{folder} holds no run", "traces or soulprints in it or one level below", "Check the path")
+    return found
+
+
+def _runs_of(folder: Path) -> Iterator[Trace | Soulprint]:
+    old = v01.runs_in(folder)
+    parts = {path for paths in old.values() for path in paths}
+    traces: dict[Any, Trace] = {run: Trace._from_v01(v01.read_run(folder, run)) for run in old}
+    soulprints: list[Soulprint] = []
+    for path in sorted(folder.iterdir()):
+        if path in parts or not path.is_file() or not (path.suffix == ".safetensors" or files.is_json(path)):
+            continue
+        kind = declared(path)
+        if kind == "noesis.trace":
+            trace = Trace.load(path)
+            traces.setdefault(trace.meta.get("run", path), trace)
+        elif kind == "noesis.soulprint":
+            soulprints.append(Soulprint.load(path))
+    yield from traces.values()
+    yield from (each for each in soulprints if each.meta.get("run") not in traces)
+
+
+def _load_file(path: Path, run: str | None) -> Trace | Soulprint:
+    kind = declared(path)
+    if kind == "noesis.soulprint":
+        return Soulprint.load(path)
+    if kind == "noesis.trace":
+        return Trace.load(path, run)
+    raise BadFile(
+        f"{path} is no run: its format is {kind!r}",
+        "a trace or a soulprint",
+        "Pass a file that Trace.save or Soulprint.save wrote",
+    )
+
+
+#: Where files in JSON have most of their numbers, whatever kind they are of.
+_NUMBERS = ("arrays", "means", "stds", "values")
+
+
+def declared(path: Path) -> str | None:
+    """The `format` a file says it has, for example "noesis.trace"; files of v0.1 are given theirs.
+
+    Raises:
+        NoesisError: when the file cannot be read.
+    """
+    if path.suffix == ".safetensors":
+        data = files.read_bytes(path)
+        with files.reading_tensors(path, "trace or soulprint"):
+            value = files.read_header(data, path)
+    else:
+        try:
+            value = files.read_json(path, numbers=_NUMBERS)
+        except BadFile as error:
+            if not isinstance(error.__cause__, NoArrayError):
+                raise
+            value = files.read_json(path)  # of another kind, where something else goes by these names
+    if v01.looks_like(value):
+        return "noesis.soulprint" if value["type"].endswith("_soulprint") else "noesis.trace"
+    named = value.get("format") if isinstance(value, dict) else None
+    return named if isinstance(named, str) else None
+
+
+def _one_of(folder: Path, names: tuple[str, ...]) -> bool:
+    return any((folder / name).is_file() for name in names)
