@@ -23,7 +23,7 @@ from timing import check_device, collector_paused, results_file, spread, write
 from torch import Tensor, nn
 
 import noesis
-from noesis.observing.observed import site_of
+from noesis.observing import site_of
 
 CALLS = 50  # at most, in a sample
 

@@ -28,7 +28,7 @@ from timing import check_device, results_file, write
 from torch import Tensor, nn
 
 import noesis
-from noesis.observing.observed import site_of
+from noesis.observing import site_of
 
 STEPS = 4
 MB = 1 << 20

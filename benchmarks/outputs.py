@@ -18,7 +18,7 @@ from models import Bench
 from peers import tensor_of
 from torch import Tensor, nn
 
-from noesis.layers.selecting import select
+from noesis.layers import select
 
 
 class Outputs(nn.Module):

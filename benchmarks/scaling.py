@@ -24,10 +24,11 @@ from models import Bench, Size
 from timing import against, check_device, interleave, results_file, spread, write
 
 import noesis
-from noesis.distributed.traces import PIECE, merge
+from noesis.distributed import merge
+from noesis.distributed.traces import PIECE
 from noesis.kernels.layout import FIELDS
 from noesis.kernels.rows import combine
-from noesis.results.statistics import ALWAYS, fields_of
+from noesis.results import ALWAYS, fields_of
 
 LAYERS = (1, 4, 16, 64, 256, 1024)
 CAPACITY = 256  # steps; what wrap takes by default

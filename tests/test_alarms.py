@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 import noesis
 from noesis.errors import BadType, BadValue
-from noesis.wrapping.alarms import PATIENCE, WARM_UP, Alarm, AlarmRaised, Alarms
+from noesis.wrapping import Alarm, AlarmRaised, Alarms
+from noesis.wrapping.alarms import PATIENCE, WARM_UP
 
 
 def classifier() -> nn.Sequential:

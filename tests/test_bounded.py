@@ -12,7 +12,7 @@ import pytest
 
 from noesis.errors import NoesisError
 from noesis.files import bounded_json as bounded
-from noesis.files import parsed
+from noesis.files.bounded_json import parsed
 
 STRINGS = ["", "a", "b", "numbers", "\\", '"', "\u0100", "\U0001f980", "x" * 70, "\n", "[1,2", '{"a":', '\\\\"', ","]
 CONSTANTS = [None, True, False, 0, 1, -7, 300, 10**20, 0.5, -1e-300, 1e22, math.nan, math.inf, -math.inf]

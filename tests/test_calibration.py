@@ -9,11 +9,9 @@ import pytest
 import torch
 
 from noesis.errors import NoesisError
-from noesis.results.surprise import Surprise
-from noesis.surprise.calibration import LEAST, Calibration, Doubt, Ranks, combine, p_values, split
-from noesis.surprise.codebook import Codebook
-from noesis.surprise.scorer import Scorer
-from noesis.surprise.vectors import Collected
+from noesis.results import Surprise
+from noesis.surprise import Calibration, Codebook, Collected, Scorer
+from noesis.surprise.calibration import LEAST, Doubt, Ranks, combine, p_values, split
 
 
 def inputs(generator: np.random.Generator, count: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -36,7 +34,7 @@ def scorer(**settings) -> Scorer:
 
 
 def judged(made: Scorer, layers: dict[str, np.ndarray], logits: np.ndarray) -> Surprise:
-    from noesis.surprise.vectors import Kept
+    from noesis.surprise import Kept
 
     kept = {name: Kept(torch.from_numpy(values)) for name, values in layers.items()}
     return made.judge(kept, torch.from_numpy(logits))

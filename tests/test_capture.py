@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import noesis
 from noesis.errors import BadFile, BadType, BadValue, MissingFile, TooLarge, WrongState
-from noesis.results.activations import Activations, UnknownLayerError
-from noesis.wrapping.capture import capture
+from noesis.results import Activations
+from noesis.results.activations import UnknownLayerError
+from noesis.wrapping import capture
 
 
 def network() -> nn.Sequential:

@@ -718,7 +718,7 @@ def test_interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("noesis.results.loading.load_run", interrupt)
+    monkeypatch.setattr("noesis.cli.commands.load_run", interrupt)
     assert run("compare", "a", "b") == (130, "", "noesis: interrupted\n")
 
 
@@ -756,7 +756,7 @@ def test_a_library_that_prints_does_not_reach_stdout(run: Run, tmp_path: Path, m
         sys.stdout.write("by the way")
         return load(*args)
 
-    monkeypatch.setattr("noesis.results.loading.load_run", loud)
+    monkeypatch.setattr("noesis.cli.commands.load_run", loud)
     done = run("compare", path, path, "--json")
     assert json.loads(done.out)["distance"] == 0
     assert "by the way" in done.err
@@ -884,7 +884,7 @@ def test_unexpected_errors_are_not_taken_for_a_difference(run: Run, monkeypatch:
     def burst(*_: object) -> None:
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr("noesis.results.loading.load_run", burst)
+    monkeypatch.setattr("noesis.cli.commands.load_run", burst)
     done = run("compare", "a", "b")
     assert done.code == 2
     assert done.err == "noesis: error: RuntimeError: out of memory (NOESIS_TRACEBACK=1 shows where)\n"

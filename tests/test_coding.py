@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from noesis.kernels.coding.reference import Book, code_reference, directions
+from noesis.kernels.coding import Book, code_reference, directions
 from noesis.kernels.dispatch import by_numba
 from noesis.kernels.pooling import op as pooling
+from noesis.kernels.pooling import pooled
 from noesis.kernels.pooling import reference as pooling_reference
-from noesis.kernels.pooling.reference import pooled
-from noesis.surprise.codebook import Codebook, LayerCodebook, shrunk
+from noesis.surprise import Codebook, LayerCodebook
+from noesis.surprise.codebook import shrunk
 
 PARTS = ("mixture", "residual", "norm", "distance")
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import noesis
 from noesis.numerics import significance
-from noesis.results.statistics import ALWAYS
+from noesis.results import ALWAYS
 
 
 def soulprint(means, stds, layers=None) -> noesis.Soulprint:

@@ -26,7 +26,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import noesis
-from noesis.layers.denoisers import DENOISER
+from noesis.layers import DENOISER
 from noesis.observing.pipeline_meta import guidance_branch
 
 FIVE = ["sdxl", "sd15", "sd3", "flux", "pixart"]

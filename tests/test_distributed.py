@@ -19,11 +19,11 @@ from torch import nn
 
 import noesis
 from noesis import Trace
+from noesis.distributed import merge
 from noesis.distributed import traces as distributed
-from noesis.distributed.traces import merge
 from noesis.files import load_tensors
 from noesis.kernels import layout, rows
-from noesis.results.statistics import ALWAYS, fields_of, stats_of
+from noesis.results import ALWAYS, fields_of, stats_of
 
 SCRIPTS = Path(__file__).parent / "distributed"
 

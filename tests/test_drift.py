@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 import noesis
 from noesis.errors import BadType, BadValue, WrongState
-from noesis.surprise.calibration import Calibration
-from noesis.surprise.drift import EXPONENTS, DriftMonitor, _cash
+from noesis.surprise import Calibration, DriftMonitor
+from noesis.surprise.drift import EXPONENTS, _cash
 
 Floats = NDArray[np.float64]
 

@@ -470,7 +470,7 @@ def activations_of(scale: float) -> noesis.Activations:
 
 
 def deltas_of(scale: float) -> noesis.TokenDeltas:
-    from noesis.results.activations import Activations
+    from noesis.results import Activations
 
     acts = [Activations({"a": [factor * inputs(1, 1)]}) for factor in (1.0, scale)]
     return noesis.token_deltas(*acts, list("abcde"), list("abcde"))

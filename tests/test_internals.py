@@ -17,8 +17,7 @@ from internals_case import names
 from torch import Tensor, nn
 
 import noesis
-from noesis.internals import compiling, cuda, libraries, lookup
-from noesis.internals.compiling import stays
+from noesis.internals import compiling, cuda, libraries, lookup, stays
 from noesis.kernels.launching import Kernel
 from noesis.observing.evidence import Evidence
 

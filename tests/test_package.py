@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -138,26 +139,48 @@ def imported(importtime: str) -> set[str]:
     return {line.split("|")[2].strip().split(".")[0] for line in importtime.splitlines() if line.count("|") == 2}
 
 
-# Imports run downwards: a module imports, as it loads, only from floors below its own. The
-# house's own modules that are not named here share the floor LIBRARY and may import each other,
-# as may the modules of one package, as long as they do not go round in circles.
+# ---------------------------------------------------------------- the house
+#
+# Imports run downwards: a file imports from packages that the table allows its own, and only through their
+# doors. Imports inside functions and those for typing alone count too.
 
-LIBRARY, TOP = 4, 5
-FLOORS = {
-    "errors": 0,
-    "_version": 0,
-    "text": 0,
-    "internals": 1,
-    "files": 2,
-    "kernels": 2,
-    "integrations": TOP,
-    "cli": TOP,
+#: What each package, or file beside the packages, may import.
+HOUSE: dict[str, set[str]] = {
+    "_version": set(),
+    "errors": set(),
+    "text": set(),
+    "numerics": set(),
+    "internals": set(),
+    "kernels": {"internals"},
+    "files": set(),
+    "layers": {"internals"},
+    "plots": {"files", "numerics"},
+    "results": {"plots", "files", "kernels", "numerics"},
+    "surprise": {"results", "files", "kernels", "numerics"},
+    "observing": {"surprise", "results", "layers", "kernels", "internals", "numerics"},
+    "distributed": {"surprise", "results", "files", "kernels", "internals", "numerics"},
+    "wrapping": {
+        *("observing", "distributed", "surprise", "results", "layers", "kernels", "files", "internals", "numerics"),
+    },
+    "integrations": {"wrapping", "surprise", "results", "layers", "files"},
+    "cli": {"wrapping", "observing", "results", "plots", "layers", "files"},
+    "": {"wrapping", "observing", "surprise", "results"},
 }
-HOST_SIDE = {"trace", "soulprint", "comparison"}
-DEVICE_SIDE = {"judging", "observing", "recorder", "sites", "switch", "wrapping"}
-COMPILERS = ("triton", "numba")  # modules named after one hold its kernels; others import them late
+EVERYWHERE = {"_version", "errors", "text"}  # imports nothing itself
+#: Doors within packages; of the others the package itself is the door.
+DOORS = {
+    *("kernels.coding", "kernels.moments", "kernels.pooling", "kernels.stepping", "kernels.routing"),
+    *("kernels.dispatch", "kernels.layout", "kernels.rows", "kernels.runtime", "files.v01"),
+}
+COMPILERS = ("triton", "numba")  # files named after one hold its kernels; others import them late
 
-Imports = dict[str, set[str]]
+
+class Import(NamedTuple):
+    """One name that a file imports from another of the house, or from a package of others."""
+
+    module: str
+    name: str
+    late: bool
 
 
 def sources(package: Path) -> dict[str, ast.Module]:
@@ -170,40 +193,37 @@ def sources(package: Path) -> dict[str, ast.Module]:
     return trees
 
 
-def imports(node: ast.AST, late: bool) -> Iterator[ast.Import | ast.ImportFrom]:
-    """The imports below a node that run as its module loads; with `late`, those in functions too.
-
-    Imports for type checking only never run.
-    """
+def imports(node: ast.AST, late: bool = False) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+    """The imports below a node, and whether they run later than the file loads, if at all."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import | ast.ImportFrom):
-            yield child
-        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not late:
-            continue
+            yield child, late
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from imports(child, True)
         elif isinstance(child, ast.If) and ast.unparse(child.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}:
-            for other in child.orelse:
-                yield from imports(ast.Module([other], []), late)
+            yield from imports(ast.Module(child.body, []), True)
+            yield from imports(ast.Module(child.orelse, []), late)
         else:
             yield from imports(child, late)
 
 
-def targets(trees: Mapping[str, ast.Module], packages: set[str], name: str, late: bool) -> tuple[set[str], set[str]]:
-    """What a module imports: modules of the house, and packages of others."""
-    own: set[str] = set()
-    others: set[str] = set()
-    for statement in imports(trees[name], late):
+def imported_by(trees: Mapping[str, ast.Module], packages: set[str], name: str) -> tuple[list[Import], list[Import]]:
+    """What a file imports: from the house, and from others."""
+    own, others = [], []
+    for statement, late in imports(trees[name]):
         if isinstance(statement, ast.Import):
-            bases = [(alias.name, [None]) for alias in statement.names]
+            pairs = [(alias.name, "") for alias in statement.names]
         else:
-            bases = [(_absolute(statement, name, name in packages), [alias.name for alias in statement.names])]
-        for base, members in bases:
+            base = _absolute(statement, name, name in packages)
+            pairs = [(base, alias.name) for alias in statement.names]
+        for base, member in pairs:
             top, _, below = base.partition(".")
             if top != "noesis":
-                others.add(top)
-                continue
-            for member in members:
-                longer = f"{below}.{member}".lstrip(".")
-                own.add(longer if member and longer in trees else below)
+                others.append(Import(top, member, late))
+            elif (longer := f"{below}.{member}".strip(".")) in trees:
+                own.append(Import(longer, "", late))
+            else:
+                own.append(Import(below, member, late))
     return own, others
 
 
@@ -216,95 +236,121 @@ def _absolute(statement: ast.ImportFrom, name: str, is_package: bool) -> str:
 
 
 def compiler(name: str) -> str | None:
-    """The compiler whose kernels a module holds."""
+    """The compiler whose kernels a file holds."""
     return next((package for package in COMPILERS if name.endswith(f"_{package}")), None)
 
 
-def floor(name: str) -> int:
-    """How high a module stands; the root, which gathers the public names, above all."""
-    return FLOORS.get(name.partition(".")[0], LIBRARY) if name else TOP + 1
+def room(name: str) -> str:
+    """The package that a file is in, or the file itself beside them."""
+    return name.partition(".")[0]
 
 
-def reachable(start: str, edges: Imports) -> set[str]:
-    """All modules that importing `start` imports, itself only if it is in a circle."""
+def through_a_door(name: str, other: str) -> bool:
+    """Whether a file may open another: of its own package, or a door of another's."""
+    inner = next((door for door in DOORS if name == door or name.startswith(f"{door}.")), None)
+    if room(name) == room(other):  # a folder within a package has its door for the package's other files too
+        folder = next((door for door in DOORS if other.startswith(f"{door}.")), None)
+        return folder is None or folder == inner or compiler(other) is not None or compiler(name) is not None
+    return other == room(other) or other in DOORS
+
+
+def circle(start: str, edges: Mapping[str, set[str]]) -> bool:
+    """Whether a file imports itself by way of others."""
     seen: set[str] = set()
     todo = list(edges[start])
     while todo:
         name = todo.pop()
         if name not in seen:
             seen.add(name)
-            todo += edges[name]
-    return seen
+            todo += edges.get(name, ())
+    return start in seen
 
 
 def violations(package: Path) -> list[str]:
     """Every import of a package that breaks the order of the house, in words."""
     trees = sources(package)
     packages = {".".join(p.parent.relative_to(package).parts) for p in package.rglob("__init__.py")}
-    loading: Imports = {}
+    edges: dict[str, set[str]] = {}
     found: list[str] = []
     for name in trees:
-        loading[name], others = targets(trees, packages, name, late=False)
-        foreign = others - CORE - sys.stdlib_module_names - {compiler(name)}
+        own, others = imported_by(trees, packages, name)
+        edges[name] = {given.module for given in own} - {name}
+        loading = {given.module for given in others if not given.late}
+        foreign = loading - CORE - sys.stdlib_module_names - {compiler(name)}
         found += [f"{name} imports {other} as it loads" for other in sorted(foreign)]
-    for name, below in loading.items():
-        for other in sorted(below - {name}):
-            package = compiler(other)
-            if package is not None and package != compiler(name):
-                found.append(f"{name} imports {other}, and with it {package}, as it loads")
-            siblings = name.split(".")[0] == other.split(".")[0] or floor(name) == floor(other) == LIBRARY
-            if not (floor(other) < min(floor(name), TOP) or siblings):
-                found.append(f"{name or 'noesis'} imports {other or 'noesis'}")
-        if name in reachable(name, loading):
-            found.append(f"{name} is in a circle of imports")
-    for name in sorted(HOST_SIDE & set(trees)):
-        late, _ = targets(trees, packages, name, late=True)
-        for other in sorted(DEVICE_SIDE & (late | reachable(name, loading))):
-            found.append(f"{name} reaches {other}")
-    return found
+        for other, member, late in own:
+            needs = compiler(other)
+            if needs is not None and needs != compiler(name) and not late:
+                found.append(f"{name} imports {other}, and with it {needs}, as it loads")
+            if room(name) != room(other) and room(other) not in HOUSE.get(room(name), set()) | EVERYWHERE:
+                found.append(f"{name or 'noesis'} imports {other or 'noesis'}, which is not below it")
+            elif not through_a_door(name, other):
+                found.append(f"{name} imports {other} past the door")
+            elif member.startswith("_") and not member.startswith("__") and room(name) != room(other):
+                found.append(f"{name} imports {member} of {other}, which is private")
+    # A package's own door may be named by the files behind it in no import: so no file is in a circle.
+    return found + [f"{name} is in a circle of imports" for name in trees if circle(name, edges)]
 
 
 def test_imports_run_downwards() -> None:
     assert violations(PACKAGE) == []
 
 
+def test_the_table_has_every_package_and_no_circle() -> None:
+    assert set(HOUSE) == {room(name) for name in sources(PACKAGE)}
+    for name in HOUSE:
+        assert not circle(name, HOUSE), f"{name} may import itself"
+
+
 @pytest.mark.parametrize(
     ("name", "source", "expected"),
     [
-        ("errors.py", "from . import files", "errors imports files"),
-        ("files.py", "from .kernels import moments", "files imports kernels.moments"),
-        ("kernels/moments.py", "from ..trace import Trace", "kernels.moments imports trace"),
-        ("kernels/moments.py", "import noesis.v01", "kernels.moments imports v01"),
-        ("kernels/moments.py", "import triton", "kernels.moments imports triton as it loads"),
-        ("kernels/moments.py", "from . import a_triton", "imports kernels.a_triton, and with it triton, as it loads"),
-        ("kernels/a_triton.py", "from . import b_numba", "imports kernels.b_numba, and with it numba, as it loads"),
-        ("trace.py", "from .middle import x", "trace reaches observing"),
-        ("trace.py", "def f():\n    from .recorder import x", "trace reaches recorder"),
-        ("plots.py", "if True:\n    import matplotlib.pyplot", "plots imports matplotlib as it loads"),
-        ("plots.py", "from noesis import wrap", "plots imports noesis"),
-        ("observing.py", "from .middle import x", "observing is in a circle of imports"),
-        ("plots.py", "from .integrations import diffusers", "plots imports integrations.diffusers"),
-        ("cli.py", "from .integrations.diffusers import x", "cli imports integrations.diffusers"),
-        ("integrations/diffusers.py", "class A:\n    from .. import cli", "integrations.diffusers imports cli"),
+        ("errors.py", "from . import files", "errors imports files, which is not below it"),
+        ("kernels/moments/op.py", "from ...results import Trace", "imports results, which is not below it"),
+        ("kernels/moments/op.py", "import noesis.results", "imports results, which is not below it"),
+        ("kernels/moments/op.py", "import triton", "kernels.moments.op imports triton as it loads"),
+        ("kernels/moments/op.py", "from . import _triton", "and with it triton, as it loads"),
+        ("kernels/moments/_triton.py", "from . import _numba", "and with it numba, as it loads"),
+        ("results/trace.py", "def f():\n    from ..observing import Recorder", "results.trace imports observing"),
+        (
+            "results/trace.py",
+            "if TYPE_CHECKING:\n    from ..observing import Recorder",
+            "results.trace imports observing",
+        ),
+        ("results/trace.py", "from ..files.formats import save", "results.trace imports files.formats past the door"),
+        ("observing/site.py", "from ..kernels.moments.op import x", "imports kernels.moments.op past the door"),
+        ("kernels/rows.py", "from .moments.op import x", "kernels.rows imports kernels.moments.op past the door"),
+        ("observing/site.py", "from ..results import _few", "observing.site imports _few of results, which is private"),
+        ("results/trace.py", "from .soulprint import x", "results.trace is in a circle of imports"),
+        ("results/trace.py", "def f():\n    from .soulprint import x", "results.trace is in a circle of imports"),
+        ("files/formats.py", "if True:\n    import matplotlib.pyplot", "files.formats imports matplotlib as it loads"),
+        ("files/formats.py", "from noesis import wrap", "files.formats imports noesis"),
+        ("results/trace.py", "from .. import cli", "results.trace imports cli"),
+        ("observing/site.py", "class A:\n    from .. import cli", "observing.site imports cli"),
         ("__init__.py", "from .cli import main", "noesis imports cli"),
+        ("helpers.py", "from .files import save", "helpers imports files, which is not below it"),
     ],
 )
 def test_a_wrong_import_is_found(tmp_path: Path, name: str, source: str, expected: str) -> None:
     files = {
-        **dict.fromkeys(["__init__", "kernels/__init__", "integrations/__init__", "errors", "recorder"], ""),
-        **dict.fromkeys(["cli", "plots", "trace", "observing", "integrations/diffusers"], ""),
-        "files": "from .errors import NoesisError",
-        "kernels/moments": "import torch\n\nfrom ..errors import NoesisError",
-        "kernels/a_triton": "import triton",
-        "kernels/b_numba": "import numba",
-        "v01": "from .files import read_json\nfrom .errors import NoesisError",
-        "middle": "from typing import TYPE_CHECKING\n\nfrom .observing import wrap\nfrom .kernels import moments\n"
-        "if TYPE_CHECKING:\n    from .cli import main\n\ndef f():\n    import matplotlib\n    from .cli import main",
+        **dict.fromkeys(["__init__", "errors", "kernels/rows", "cli/__init__", "observing/__init__"], ""),
+        "files/__init__": "from .formats import save",
+        "files/formats": "from ..errors import NoesisError\n\ndef f():\n    import matplotlib",
+        "kernels/__init__": "",
+        "kernels/moments/__init__": "from .op import observe",
+        "kernels/moments/op": "import torch\n\nfrom .. import rows\n\ndef f():\n    from . import _triton",
+        "kernels/moments/_triton": "import triton",
+        "kernels/moments/_numba": "import numba",
+        "results/__init__": "from .trace import Trace",
+        "results/trace": "from ..files import save",
+        "results/soulprint": "from .trace import Trace",
+        "observing/site": "from ..kernels.moments import observe\nfrom ..results import Trace",
+        "cli/main": "from .. import files",
     }
     for stem, text in files.items():
         path = tmp_path / f"{stem}.py"
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text(text)
     assert violations(tmp_path) == []
     (tmp_path / name).write_text(source)
-    assert any(expected in violation for violation in violations(tmp_path))
+    assert any(expected in violation for violation in violations(tmp_path)), violations(tmp_path)

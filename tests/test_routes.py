@@ -641,7 +641,7 @@ def test_routers_that_choose_in_groups_or_keep_logits_elsewhere():
 
 
 def test_probabilities_are_taken_as_such():
-    from noesis.layers.routers import Router
+    from noesis.layers import Router
 
     p = torch.tensor([[0.5, 0.25, 0.25, 0.0]])
     logits, _ = Router("router", 0, experts=4, top_k=2, place=0, probabilities=True).read((p,))

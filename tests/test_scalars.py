@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import noesis
 from noesis.errors import BadFile, BadType, BadValue, WrongState
 from noesis.files import writer
-from noesis.results.scalars import STATS, scalars
+from noesis.results import STATS, scalars
 
 AGGREGATES = {
     "noesis/layers/ran",

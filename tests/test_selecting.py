@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import noesis
-from noesis.layers.selecting import PRESETS, select
+from noesis.layers import select
+from noesis.layers.selecting import PRESETS
 
 
 def names(model: nn.Module, layers) -> list[str]:

@@ -31,9 +31,10 @@ import torch
 from torch import nn
 
 import noesis
-from noesis.files import LEAST_BOUND, writer
+from noesis.files import writer
+from noesis.files.bounded_json import LEAST_BOUND
 from noesis.kernels.routing import FIELDS
-from noesis.results.statistics import ALWAYS
+from noesis.results import ALWAYS
 
 #: Cases over all formats.
 CASES = int(os.environ.get("NOESIS_FUZZ_CASES", "10000"))
@@ -389,7 +390,7 @@ MEASURED = """
     import numpy as np
     import noesis
     import noesis.files.bounded_json
-    from noesis.wrapping.capture import Activations
+    from noesis.wrapping.capturing import Activations
 
     def kilobytes(name):
         with open("/proc/self/status") as status:

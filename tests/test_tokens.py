@@ -16,10 +16,10 @@ from torch import Tensor
 
 import noesis
 from noesis.errors import BadFile, BadType, BadValue, MissingFile
-from noesis.numerics.alignment import align
-from noesis.results.activations import Activations
-from noesis.results.token_deltas import NOISE, TokenDeltas, cosine_delta, token_deltas
-from noesis.wrapping.capture import capture
+from noesis.numerics import align
+from noesis.results import Activations, TokenDeltas, token_deltas
+from noesis.results.tokens import NOISE, cosine_delta
+from noesis.wrapping import capture
 
 BEFORE = "Once upon a time, there was a little girl named Lily. She loved the big dog."
 CHANGED = "Once upon a time, there was a little boy named Lily. She loved the big dog."

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import noesis
-from noesis.kernels.pooling.reference import pooled
-from noesis.layers.outputs import hidden_state
+from noesis.kernels.pooling import pooled
+from noesis.layers import hidden_state
+from noesis.surprise import LayerCodebook
 from noesis.surprise.calibration import Doubt, Ranks, combine, split
-from noesis.surprise.codebook import LayerCodebook
 from noesis.surprise.scorer import less_rounding
 
 from .detector import batches

@@ -11,23 +11,21 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .errors import NoesisError, NoesisWarning
-    from .observing.observed import Observed
-    from .results.activations import Activations
-    from .results.comparison import Comparison, compare
-    from .results.divergence import Divergence
-    from .results.routes import Routes
-    from .results.soulprint import Soulprint
-    from .results.surprise import Surprise
-    from .results.token_deltas import TokenDeltas, token_deltas
-    from .results.trace import Trace
-    from .surprise.calibration import Calibration
-    from .surprise.codebook import Codebook
-    from .surprise.drift import DriftMonitor
-    from .wrapping.alarms import Alarm, Alarms
-    from .wrapping.capture import capture
-    from .wrapping.run_state import RunState
-    from .wrapping.wrap import wrap
-    from .wrapping.wrapped import Wrapped
+    from .observing import Observed
+    from .results import (
+        Activations,
+        Comparison,
+        Divergence,
+        Routes,
+        Soulprint,
+        Surprise,
+        TokenDeltas,
+        Trace,
+        compare,
+        token_deltas,
+    )
+    from .surprise import Calibration, Codebook, DriftMonitor
+    from .wrapping import Alarm, Alarms, RunState, Wrapped, capture, wrap
 
 _logger.disable("noesis")  # a library is quiet; `logger.enable("noesis")` lets it speak
 
@@ -59,28 +57,28 @@ __all__ = [
 
 # Where each name lives. It is imported at first use, so that `noesis --help` does not wait for torch.
 _HOMES = {
-    "Activations": "wrapping.capture",
-    "Alarm": "wrapping.alarms",
-    "Alarms": "wrapping.alarms",
-    "Calibration": "surprise.calibration",
-    "Codebook": "surprise.codebook",
-    "Comparison": "results.comparison",
-    "Divergence": "results.divergence",
-    "DriftMonitor": "surprise.drift",
+    "Activations": "results",
+    "Alarm": "wrapping",
+    "Alarms": "wrapping",
+    "Calibration": "surprise",
+    "Codebook": "surprise",
+    "Comparison": "results",
+    "Divergence": "results",
+    "DriftMonitor": "surprise",
     "NoesisError": "errors",
     "NoesisWarning": "errors",
-    "Observed": "observing.observed",
-    "Routes": "results.routes",
-    "RunState": "wrapping.run_state",
-    "Soulprint": "results.soulprint",
-    "Surprise": "results.surprise",
-    "TokenDeltas": "results.token_deltas",
-    "Trace": "results.trace",
-    "Wrapped": "wrapping.wrap",
-    "capture": "wrapping.capture",
-    "compare": "results.comparison",
-    "token_deltas": "results.token_deltas",
-    "wrap": "wrapping.wrap",
+    "Observed": "observing",
+    "Routes": "results",
+    "RunState": "wrapping",
+    "Soulprint": "results",
+    "Surprise": "results",
+    "TokenDeltas": "results",
+    "Trace": "results",
+    "Wrapped": "wrapping",
+    "capture": "wrapping",
+    "compare": "results",
+    "token_deltas": "results",
+    "wrap": "wrapping",
 }
 
 

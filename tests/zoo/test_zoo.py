@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import noesis
-from noesis.internals.libraries import stream_index
-from noesis.layers.outputs import batch_of, hidden_state
+from noesis.internals import stream_index
+from noesis.layers import batch_of, hidden_state
 
 from . import models
 from .entry import Entry, call

@@ -14,14 +14,10 @@ import torch
 
 from .. import files
 from ..errors import BadValue, WrongState, require
-from ..layers.selecting import select
-from ..results import loading
-from ..results.comparison import compare
-from ..results.token_deltas import token_deltas
-from ..results.trace import Trace
+from ..layers import select
+from ..results import Trace, compare, load_run, load_runs, token_deltas
 from ..text import table
-from ..wrapping.capture import capture
-from ..wrapping.wrap import wrap
+from ..wrapping import capture, wrap
 from . import models
 
 #: Exit code of a comparison past the bound of --fail-over.
@@ -176,8 +172,8 @@ def _summarize(args: Namespace, note: Note) -> Answer:
 
 
 def _compare(args: Namespace, note: Note) -> Answer:
-    a, b = loading.load_run(args.a, args.run_a), [loading.load_run(path, args.run_b) for path in args.b]
-    baseline = None if args.baseline is None else loading.load_runs(args.baseline)
+    a, b = load_run(args.a, args.run_a), [load_run(path, args.run_b) for path in args.b]
+    baseline = None if args.baseline is None else load_runs(args.baseline)
     if baseline is not None:
         note(f"the baseline has {len(baseline)} runs")
     result = compare(a, b, baseline=baseline, tolerance=args.tolerance, alpha=args.alpha)

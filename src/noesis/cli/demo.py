@@ -25,11 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import BadValue, require
-from ..results.comparison import Comparison, compare
-from ..results.soulprint import Soulprint
-from ..results.trace import Trace
+from ..results import Comparison, Soulprint, Trace, compare
 from ..text import table
-from ..wrapping.wrap import wrap
+from ..wrapping import wrap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -140,8 +140,8 @@ def without_weights(model: str) -> nn.Module:
             module: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
             return module
     diffusers = require("diffusers", extra="diffusers", purpose="A diffusion pipeline")
-    from ..layers.denoisers import DENOISER
-    from ..observing.pipelines import Pipeline
+    from ..layers import DENOISER
+    from ..observing import Pipeline
 
     with _loading(model, "a diffusers pipeline"):
         index = diffusers.DiffusionPipeline.load_config(model, **_local(model))

@@ -1,5 +1,6 @@
 """One result from many ranks."""
 
-from .traces import merge
+from .calibration import calibrate_over
+from .traces import merge, merge_over
 
-__all__ = ["merge"]
+__all__ = ["calibrate_over", "merge", "merge_over"]

@@ -12,12 +12,8 @@ from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as pack_safetensors
 
 from ..errors import BadValue, NoesisError, WrongState
-from ..numerics.arrays import Ints
-from ..numerics.sampling import Reservoir
-from ..surprise.calibration import Calibration
-from ..surprise.calibration_file import read_calibration, written_calibration
-from ..surprise.collection import Collection, Store
-from ..surprise.scorer import Scorer
+from ..numerics import Ints, Reservoir
+from ..surprise import Calibration, Collection, Scorer, Store, read_calibration, written_calibration
 from .ranks import Ranks, as_bytes, named
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from .. import files
 from ..errors import BadType, BadValue, NoesisError, TimedOut, WrongState
-from ..internals.libraries import device_kinds, rendezvous
+from ..internals import device_kinds, rendezvous
 
 if TYPE_CHECKING:
     pass

@@ -19,9 +19,8 @@ from .. import files
 from ..errors import BadValue, TooLarge
 from ..kernels import layout, rows
 from ..kernels.layout import CALLS, COUNT, MEAN, ORDER, STD
-from ..numerics.arrays import Floats, Ints
-from ..results.statistics import fields_of, stats_of
-from ..results.trace import Trace
+from ..numerics import Floats, Ints
+from ..results import Trace, fields_of, stats_of
 from ..text import counted
 from .ranks import Ranks, named
 
@@ -55,7 +54,7 @@ def merge(traces: Sequence[Trace]) -> Trace:
 
     Example:
         >>> import torch, noesis
-        >>> from noesis.distributed.traces import merge
+        >>> from noesis.distributed import merge
         >>> wrapped = noesis.wrap(torch.nn.Sequential(torch.nn.Identity()), layers="0")
         >>> _ = wrapped(torch.tensor([[0.0], [1.0], [2.0]]))
         >>> first = wrapped.trace()

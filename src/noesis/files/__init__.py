@@ -1,7 +1,7 @@
 """Bytes, safetensors, JSON of strangers, log files, files of v0.1: formats, and no results."""
 
 from .atomic import PathLike, read_bytes, write_bytes
-from .bounded_json import LEAST_BOUND, NoArrayError, parsed
+from .bounded_json import NoArrayError, parsed
 from .formats import (
     FORMAT_VERSION,
     Arrays,
@@ -22,7 +22,6 @@ from .loggers import writer
 
 __all__ = [
     "FORMAT_VERSION",
-    "LEAST_BOUND",
     "Arrays",
     "NoArrayError",
     "PathLike",

@@ -44,7 +44,7 @@ def writer(target: Any) -> Writer:
     Example:
         >>> import tempfile
         >>> from pathlib import Path
-        >>> from noesis.files.loggers import writer
+        >>> from noesis.files import writer
         >>> path = Path(tempfile.mkdtemp()) / "run.jsonl"
         >>> writer(path)({"noesis/fc/std": 0.5}, 3)
         >>> path.read_text().splitlines()

@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 from ..errors import BadType, BadValue
 from ..files import writer
-from ..results.scalars import STATS
-from ..wrapping.alarms import Alarms
-from ..wrapping.wrapped import Wrapped
+from ..results import STATS
+from ..wrapping import Alarms, Wrapped
 
 
 class Callback:

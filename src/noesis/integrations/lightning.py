@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..wrapping.run_state import RunState
+from ..wrapping import RunState
 from .callbacks import Callback
 
 

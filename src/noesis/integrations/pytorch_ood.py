@@ -13,13 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadType, BadValue, WrongState
-from ..layers.selecting import Layers
-from ..surprise.codebook import Codebook
-from ..surprise.scorer import Scorer
-from ..surprise.vectors import Collected, Kept
-from ..wrapping.calibration_loop import evaluating
-from ..wrapping.wrap import wrap
-from ..wrapping.wrapped import Wrapped
+from ..layers import Layers
+from ..surprise import Codebook, Collected, Kept, Scorer
+from ..wrapping import Wrapped, evaluating, wrap
 
 #: What the single layer of given features is called.
 FEATURES = "features"

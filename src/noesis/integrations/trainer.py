@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NoesisWarning
-from ..wrapping.run_state import RunState
+from ..wrapping import RunState
 from .callbacks import Callback
 
 

@@ -8,6 +8,7 @@ What has to hold for a name is checked where it is looked up; `tests/test_intern
 from .autograd import node_count, node_number, picklable_hook, recomputing
 from .calls import CALL, CALL_IMPL, called_as_any
 from .compiling import LISTENERS, compiled, foreign, inside, rebind, stays, traced_for_export
+from .cuda import current_device, raw_stream
 from .libraries import capture_declarations, device_kinds, register_block, rendezvous, stream_index
 from .modes import disturbed, undisturbed
 from .tensors import local_part, storageless, traced_by_fx, traced_by_jit
@@ -19,6 +20,7 @@ __all__ = [
     "called_as_any",
     "capture_declarations",
     "compiled",
+    "current_device",
     "device_kinds",
     "disturbed",
     "foreign",
@@ -27,6 +29,7 @@ __all__ = [
     "node_count",
     "node_number",
     "picklable_hook",
+    "raw_stream",
     "rebind",
     "recomputing",
     "register_block",

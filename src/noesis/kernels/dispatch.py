@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from loguru import logger
 
-from ..internals.autograd import recomputing
+from ..internals import recomputing
 
 LIBRARY = torch.library.Library("noesis", "FRAGMENT")
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..internals.cuda import current_device, raw_stream
+from ..internals import current_device, raw_stream
 
 #: Streams of one device, each with scratch memory of its own; more than torch makes (129).
 LANES = 160

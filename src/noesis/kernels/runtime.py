@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from ..internals.compiling import stays
-from ..internals.modes import undisturbed
+from ..internals import stays, undisturbed
 
 
 def by_value(state: dict[str, Any]) -> dict[str, Any]:

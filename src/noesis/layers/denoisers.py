@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..internals.compiling import inside
+from ..internals import inside
 
 #: Components of diffusers pipelines that denoise. Text encoders, VAEs and controlnets are none.
 DENOISER = re.compile(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..internals.libraries import capture_declarations
+from ..internals import capture_declarations
 
 # Called by nobody: holders of other modules.
 _HOLDERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)

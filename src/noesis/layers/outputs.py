@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..internals.tensors import local_part, storageless
+from ..internals import local_part, storageless
 
 
 def hidden_state(output: Any, index: int | None = None, depth: int = 8) -> Tensor | None:
@@ -27,7 +27,7 @@ def hidden_state(output: Any, index: int | None = None, depth: int = 8) -> Tenso
 
     Example:
         >>> import torch
-        >>> from noesis.layers.outputs import hidden_state
+        >>> from noesis.layers import hidden_state
         >>> hidden_state((torch.arange(3), {"h": torch.ones(2, 4)})).shape
         torch.Size([2, 4])
     """

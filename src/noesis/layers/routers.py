@@ -44,7 +44,7 @@ class Router:
 
         Example:
             >>> import torch
-            >>> from noesis.layers.routers import Router
+            >>> from noesis.layers import Router
             >>> logits, indices = Router("gate", 0, experts=3, top_k=2).read(torch.tensor([[0.1, 0.7, 0.2]]))
             >>> indices
             tensor([[1, 2]])
@@ -78,7 +78,7 @@ class Router:
         return not masks and part.numel() // part.shape[-1] == logits.numel() // self.experts
 
 
-def routers(model: nn.Module, chosen: Iterable[tuple[str, nn.Module]]) -> list[Router]:
+def find_routers(model: nn.Module, chosen: Iterable[tuple[str, nn.Module]]) -> list[Router]:
     """Those of the chosen layers that are routers, and how to read them.
 
     Args:

@@ -56,7 +56,7 @@ def select(model: nn.Module, layers: Layers) -> list[tuple[str, nn.Module]]:
 
     Example:
         >>> from torch import nn
-        >>> from noesis.layers.selecting import select
+        >>> from noesis.layers import select
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> [name for name, _ in select(model, "linear")]
         ['0', '2']

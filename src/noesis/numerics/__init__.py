@@ -1,1 +1,21 @@
 """Algorithms on plain arrays: significance, k-means, alignment, sampling."""
+
+from .alignment import Token, align
+from .arrays import Floats, Ints, as_floats, no_nan
+from .clustering import k_means, spread_start
+from .sampling import Reservoir
+from .significance import benjamini_hochberg, layer_tests
+
+__all__ = [
+    "Floats",
+    "Ints",
+    "Reservoir",
+    "Token",
+    "align",
+    "as_floats",
+    "benjamini_hochberg",
+    "k_means",
+    "layer_tests",
+    "no_nan",
+    "spread_start",
+]

@@ -18,7 +18,7 @@ def align(a: Sequence[Token], b: Sequence[Token]) -> tuple[list[int], list[int]]
     last one back, as early as possible in `b`, then in `a`.
 
     Example:
-        >>> from noesis.numerics.alignment import align
+        >>> from noesis.numerics import align
         >>> align(["a", "cat", "sat"], ["a", "big", "cat", "sat"])
         ([0, 1, 2], [0, 2, 3])
     """

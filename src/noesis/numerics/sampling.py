@@ -11,7 +11,7 @@ class Reservoir:
 
     Example:
         >>> import numpy as np
-        >>> from noesis.numerics.sampling import Reservoir
+        >>> from noesis.numerics import Reservoir
         >>> reservoir = Reservoir(3, np.random.default_rng(0))
         >>> [len(reservoir.places(4)), reservoir.seen, reservoir.held]
         [4, 4, 3]

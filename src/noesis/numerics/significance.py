@@ -140,7 +140,7 @@ def benjamini_hochberg(p_values: Floats) -> Floats:
 
     Example:
         >>> import numpy as np
-        >>> from noesis.numerics.significance import benjamini_hochberg
+        >>> from noesis.numerics import benjamini_hochberg
         >>> benjamini_hochberg(np.array([0.01, 0.04, 0.03, 0.5]))
         array([0.04      , 0.05333333, 0.05333333, 0.5       ])
     """

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..internals.libraries import stream_index
+from ..internals import stream_index
 from .gradients import GradientRecorder
 from .observed import become_observed, restore
 from .recorder import Recorder

@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..internals.compiling import stays
-from ..internals.modes import undisturbed
+from ..internals import stays, undisturbed
 from ..kernels import moments, rows, stepping
 from ..kernels.layout import (
     ACTIVE,
@@ -29,10 +28,9 @@ from ..kernels.layout import (
     STEP,
     TOTALS,
 )
-from ..kernels.moments.op import scratch
+from ..kernels.moments import scratch
 from ..kernels.runtime import as_array, by_value, from_value
-from ..kernels.stepping import reference
-from ..numerics.arrays import Floats
+from ..numerics import Floats
 from .route_bank import RouteBank
 
 #: Steps that the CPU adds to the totals at a time once the ring is full, and rows, which bound the scratch memory.
@@ -106,7 +104,7 @@ class Bank:
         if isinstance(timestep, Tensor):
             timestep = timestep.detach().reshape(-1)[0]  # pipelines repeat it over the batch
         if self.arrays is not None and not torch.compiler.is_compiling():
-            reference.begin_cpu(np.nan if timestep is None else float(timestep), branch, batch, *self.arrays)
+            stepping.begin_cpu(np.nan if timestep is None else float(timestep), branch, batch, *self.arrays)
             return
         if isinstance(timestep, Tensor):
             value = timestep
@@ -123,7 +121,7 @@ class Bank:
         if torch.compiler.is_compiling():
             torch.ops.noesis.end(self.control, self.capacity)
         elif self.arrays is not None:
-            reference.end(self.arrays[3], self.capacity)
+            stepping.end(self.arrays[3], self.capacity)
         else:
             stepping.end_anywhere(self.control, self.capacity)
 

@@ -10,14 +10,11 @@ from loguru import logger
 from torch import Tensor, nn
 
 from ..errors import WrongState
-from ..internals.compiling import stays
-from ..internals.modes import undisturbed
+from ..internals import stays, undisturbed
 from ..kernels import pooling
-from ..kernels.pooling import reference
-from ..kernels.pooling.reference import pooled
+from ..kernels.pooling import pooled
 from ..kernels.runtime import by_value, from_value
-from ..surprise.codebook import Codebook
-from ..surprise.vectors import Kept
+from ..surprise import Codebook, Kept
 
 #: Vectors there is room for at first; eager code makes more when a batch needs them.
 ROOM = 64
@@ -45,7 +42,7 @@ class Channel:
         channel = self.axis(x)
         mask = self.channels.mask_of(x, channel)
         before = self.stamp
-        buffer, stamp = self._room(samples, reference.width(x, samples, channel, self.spread), x.device)
+        buffer, stamp = self._room(samples, pooling.width(x, samples, channel, self.spread), x.device)
         self.order = self.channels.next_order()
         if self.channels.eager and not settings.detach and settings.learn and torch.is_grad_enabled():
             with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):  # checkpointing is to see nothing of ours
@@ -53,11 +50,11 @@ class Channel:
         keep = pooling.pool_cpu if x.device.type == "cpu" else pooling.pool_anywhere
         keep(x.detach(), samples, channel, self.spread, mask, buffer, stamp, control)
         if before is not None and before is not stamp and before.device == stamp.device:
-            self.mixed = before[reference.FORWARD] == stamp[reference.FORWARD]  # another width in the same forward
+            self.mixed = before[pooling.FORWARD] == stamp[pooling.FORWARD]  # another width in the same forward
         elif self.mixed is not None:
-            self.mixed = self.mixed & (stamp[reference.CALLS] > 1)
+            self.mixed = self.mixed & (stamp[pooling.CALLS] > 1)
         if settings.positions == "each":
-            self._merge(stamp[reference.CALLS], *positions(x.detach(), samples, channel, mask, settings.most_positions))
+            self._merge(stamp[pooling.CALLS], *positions(x.detach(), samples, channel, mask, settings.most_positions))
 
     def _merge(self, calls: Tensor, new: Tensor, counts: Tensor | None) -> None:
         """Average the positions of the calls of a forward, as the means over them are; decided on the device alone."""
@@ -76,7 +73,7 @@ class Channel:
             return  # a copy of all positions at a fixed place would cost what eager code gives back
         if self.buffer is not None and x.dim() > 0 and x.shape[0] % batch == 0:
             channel = self.axis(x)
-            if reference.width(x, batch, channel, self.spread) != self.buffer.shape[1]:
+            if pooling.width(x, batch, channel, self.spread) != self.buffer.shape[1]:
                 return
             mask = self.channels.mask_of(x, channel)
             torch.ops.noesis.pool(x.detach(), batch, channel, self.spread, mask, self.buffer, self.stamp, control)
@@ -98,7 +95,7 @@ class Channel:
         room = max(ROOM, 1 << (samples - 1).bit_length())
         with undisturbed(), torch.inference_mode(False):
             self.buffer = buffer = stays(torch.zeros(room, width, dtype=torch.float32, device=device))
-            self.stamp = stamp = stays(torch.full((reference.STAMP,), -1, dtype=torch.int64, device=device))
+            self.stamp = stamp = stays(torch.full((pooling.STAMP,), -1, dtype=torch.int64, device=device))
         return buffer, stamp
 
     def drop(self, reason: str) -> None:
@@ -155,7 +152,7 @@ def samples_of(x: Tensor, batch: int) -> int:
 
 def positions(x: Tensor, samples: int, channel: int, mask: Tensor | None, most: int) -> tuple[Tensor, Tensor | None]:
     """The vectors of at most so many positions of each sample [N, positions, channels], and which of them count."""
-    x = reference.by_position(x, samples, channel)
+    x = pooling.by_position(x, samples, channel)
     counts = None if mask is None else mask.reshape(samples, -1) != 0
     if x.shape[1] > most:
         chosen = torch.linspace(0, x.shape[1] - 1, most, device=x.device).round().long()

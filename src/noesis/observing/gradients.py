@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import WrongState
-from ..internals.autograd import node_count, node_number
+from ..internals import node_count, node_number
 from ..kernels.layout import ACTIVE, ENABLED, FOLD, SLOT
 from .recorder import Recorder
 

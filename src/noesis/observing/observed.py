@@ -22,11 +22,7 @@ from torch.nn import Module
 from torch.nn.modules import module
 
 from ..errors import BadType, WrongState
-from ..internals.autograd import recomputing
-from ..internals.calls import CALL, CALL_IMPL
-from ..internals.compiling import traced_for_export
-from ..internals.libraries import register_block
-from ..internals.tensors import traced_by_jit
+from ..internals import CALL, CALL_IMPL, recomputing, register_block, traced_by_jit, traced_for_export
 from .site import Site
 from .switch import NEVER
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..layers.denoisers import denoisers_of
+from ..layers import denoisers_of
 
 #: Pipelines that put the conditional half of a doubled batch first; all others put it last.
 COND_FIRST = ("AceStep", "DiT", "Lumina", "StableCascade", "Wuerstchen", "ZImage")

@@ -17,8 +17,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import BadValue
-from ..internals.compiling import rebind
-from ..layers.denoisers import denoisers_of
+from ..internals import rebind
+from ..layers import denoisers_of
 from .pipeline_meta import _gathered, call_meta, guidance_branch
 from .recorder import Recorder
 

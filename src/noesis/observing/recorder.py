@@ -18,24 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NoesisError, WrongState
-from ..internals.compiling import LISTENERS, stays
-from ..internals.modes import undisturbed
+from ..internals import LISTENERS, stays, undisturbed
 from ..kernels import layout, rows
-from ..kernels.layout import (
-    CONTROL,
-    EVERY,
-    FOLD,
-    FOLDED,
-    FORWARDS,
-    OBSERVED,
-)
-from ..kernels.stepping import reference
-from ..layers.routers import Router
-from ..numerics.arrays import Floats
-from ..results.routes import Routes
-from ..results.statistics import stats_of
-from ..results.trace import Trace
-from ..surprise.scorer import Scorer
+from ..kernels.layout import CONTROL, EVERY, FOLD, FOLDED, FORWARDS, OBSERVED
+from ..kernels.stepping import add_steps, merge_totals, with_whole
+from ..layers import Router
+from ..numerics import Floats
+from ..results import Routes, Trace, stats_of
+from ..surprise import Scorer
 from .bank import Bank, Reading
 from .channels import Channel, Channels
 from .evidence import Evidence
@@ -373,8 +363,8 @@ class Recorder:
         if since is not None:
             dropped, folded, totals = observed - len(slots), 0, np.zeros_like(totals)
         fresh = max(0, folded - dropped)
-        whole = reference.add_steps(reference.merge_totals(totals), held[fresh:])
-        reference.with_whole(held[:fresh].swapaxes(0, 1))
+        whole = add_steps(merge_totals(totals), held[fresh:])
+        with_whole(held[:fresh].swapaxes(0, 1))
         return Reading(steps, held, whole, dropped, int(control[FORWARDS]))
 
     def routes(self) -> Routes:

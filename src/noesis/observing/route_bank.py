@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ..errors import WrongState
-from ..internals.compiling import stays
+from ..internals import stays
 from ..kernels.layout import FORWARDS, NUMBER, OBSERVED
 from ..kernels.routing import FIELDS, ROWS, begin_reference, routing_cpu, routing_reference
 from ..kernels.runtime import by_value, from_value
-from ..layers.routers import Router
-from ..numerics.arrays import Floats, Ints
-from ..results.routes import Routes
+from ..layers import Router
+from ..numerics import Floats, Ints
+from ..results import Routes
 
 #: Memory for the co-activation of single steps; as many of the latest steps as fit are kept.
 PAIRS_BYTES = 64 << 20

@@ -8,11 +8,9 @@ from typing import Any
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..internals.autograd import picklable_hook, recomputing
-from ..internals.compiling import foreign
-from ..internals.modes import disturbed, undisturbed
-from ..internals.tensors import traced_by_fx, traced_by_jit
-from ..layers.outputs import (
+from ..internals import disturbed, foreign, picklable_hook, recomputing, traced_by_fx, traced_by_jit, undisturbed
+from ..layers import (
+    Router,
     batch_of,
     emittable,
     hidden_state,
@@ -22,7 +20,6 @@ from ..layers.outputs import (
     part_of,
     unmeasurable,
 )
-from ..layers.routers import Router
 from .channels import Channel
 from .gradients import NOWHERE, GradientRecorder, Mark
 from .recorder import Recorder

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.nn import Module
 
-from ..internals.calls import called_as_any
+from ..internals import called_as_any
 
 
 class Switch:

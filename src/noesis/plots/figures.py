@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from .. import files
 from ..errors import BadValue
-from ..numerics.arrays import Floats
+from ..numerics import Floats
 from .style import (
     CROWDED,
     FIRST,
@@ -118,7 +118,7 @@ def heat_map(
             matplotlib is missing.
 
     Example:
-        >>> from noesis.plots.figures import heat_map
+        >>> from noesis.plots import heat_map
         >>> figure = heat_map([[1.0, 2.0], [3.0, float("nan")]], ["conv", "head"], [0, 1], title="std")
         >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
         ['conv', 'head']
@@ -150,7 +150,7 @@ def bars(soulprints: Sequence[Averaged], path: files.PathLike | None = None) -> 
 
     Example:
         >>> import noesis
-        >>> from noesis.plots.figures import bars
+        >>> from noesis.plots import bars
         >>> figure = bars([noesis.Soulprint([0.0, 1.0], [1.0, 2.0], ["conv", "head"])])
         >>> [axes.get_title(loc="left") for axes in figure.axes]
         ['mean', 'std']
@@ -191,7 +191,7 @@ def effects(rows: Sequence[Changed], path: files.PathLike | None = None) -> Figu
 
     Example:
         >>> import noesis
-        >>> from noesis.plots.figures import effects
+        >>> from noesis.plots import effects
         >>> a = noesis.Soulprint([0.0, 1.0], [1.0, 1.0], ["conv", "head"])
         >>> b = noesis.Soulprint([0.0, 1.5], [1.0, 1.0], ["conv", "head"])
         >>> [label.get_text() for label in effects(noesis.compare(a, b).rows).axes[0].get_yticklabels()]

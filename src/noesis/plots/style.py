@@ -78,7 +78,7 @@ def thinned(count: int, room: int) -> list[int]:
     """Every n-th of `count` places, n being 1, 2 or 5 times a power of ten, so that `room` suffices.
 
     Example:
-        >>> from noesis.plots.figures import thinned
+        >>> from noesis.plots import thinned
         >>> thinned(4, 10), thinned(40, 10)
         ([0, 1, 2, 3], [0, 5, 10, 15, 20, 25, 30, 35])
     """
@@ -91,7 +91,7 @@ def shortened(name: Any, longest: int = LONGEST_LABEL) -> str:
     """A name on one line; of a long dotted one the words before the last are cut, its numbers are not.
 
     Example:
-        >>> from noesis.plots.figures import shortened
+        >>> from noesis.plots import shortened
         >>> shortened("down_blocks.1.attentions.0.transformer_blocks.5.attn1.to_q")
         'down_bl…1.attenti…0.transfo…5.attn1.to_q'
     """

@@ -35,7 +35,7 @@ class Activations(Mapping[str, list[Tensor]]):
 
     Example:
         >>> import torch
-        >>> from noesis.wrapping.capture import Activations
+        >>> from noesis import Activations
         >>> acts = Activations({"block": [torch.ones(1, 3, 4), torch.ones(1, 1, 4)]})
         >>> acts
         Activations of 1 layer, 2 calls, 64 bytes
@@ -89,7 +89,7 @@ class Activations(Mapping[str, list[Tensor]]):
     @property
     def nbytes(self) -> int:
         """Bytes held by all tensors."""
-        return sum(_nbytes(tensor) for tensors in self._calls.values() for tensor in tensors)
+        return sum(bytes_of(tensor) for tensors in self._calls.values() for tensor in tensors)
 
     @property
     def never_ran(self) -> list[str]:
@@ -202,7 +202,8 @@ def _list_of(kind: type[T], values: Any) -> list[T]:
     return values
 
 
-def _nbytes(tensor: Tensor) -> int:
+def bytes_of(tensor: Tensor) -> int:
+    """Memory that its elements take."""
     return tensor.numel() * tensor.element_size()
 
 

@@ -14,8 +14,7 @@ import numpy as np
 
 from .. import files
 from ..errors import BadFile, BadType, BadValue
-from ..numerics.arrays import Floats
-from ..numerics.significance import layer_tests
+from ..numerics import Floats, layer_tests
 from ..text import csv_quoting, plain, table
 from .divergence import Divergence, first_divergence, pooled
 from .runs import Answering, Averaged, Recorded

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..numerics.arrays import Floats, Ints
+from ..numerics import Floats, Ints
 from .runs import Recorded
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from .. import files
 from ..errors import BadFile
 from ..kernels.routing import ENTROPY, FIELDS, MEASURED, NEIGHBOURS, SWITCHES, TOKENS, UNIT
-from ..numerics.arrays import Floats, Ints
+from ..numerics import Floats, Ints
 from ..text import counted, plain, table
 
 if TYPE_CHECKING:

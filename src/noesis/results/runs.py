@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
-from ..numerics.arrays import Floats, Ints
+from ..numerics import Floats, Ints
 
 
 @runtime_checkable

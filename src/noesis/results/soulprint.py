@@ -11,7 +11,7 @@ import numpy as np
 from .. import files
 from ..errors import BadFile, BadValue
 from ..files import v01
-from ..numerics.arrays import Floats
+from ..numerics import Floats
 from ..text import counted, plain, table
 from .comparison import Comparison, compare
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..kernels import layout, rows
-from ..numerics.arrays import Floats
+from ..numerics import Floats
 
 ALWAYS = ("count", "mean", "std", "abs_mean", "min", "max", "nonfinite")
 OPTIONAL = ("zeros", "rms")

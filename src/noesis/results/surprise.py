@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from .. import files
 from ..errors import BadValue, WrongState
-from ..numerics.arrays import Floats
-from ..numerics.significance import benjamini_hochberg
+from ..numerics import Floats, benjamini_hochberg
 from ..text import table
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from .. import files
 from ..errors import BadFile, BadValue, MissingFile, WrongState
 from ..files import v01
 from ..kernels import layout, rows
-from ..numerics.arrays import Floats, Ints
+from ..numerics import Floats, Ints
 from ..text import counted, plain, table
 from .soulprint import Soulprint
 from .statistics import ALWAYS, OPTIONAL, fields_of, stats_of

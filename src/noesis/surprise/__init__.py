@@ -1,1 +1,37 @@
 """What is normal: codebooks, calibration, scores, drift."""
+
+from .calibration import Calibration
+from .calibration_file import (
+    load_calibration,
+    pack_codes,
+    read_calibration,
+    save_calibration,
+    unpack_codes,
+    written_calibration,
+)
+from .codebook import Codebook, LayerCodebook
+from .collection import Collection, Store
+from .drift import DriftMonitor
+from .nervecode import Ambiguity, SoftCode
+from .scorer import Scorer
+from .vectors import Collected, Kept
+
+__all__ = [
+    "Ambiguity",
+    "Calibration",
+    "Codebook",
+    "Collected",
+    "Collection",
+    "DriftMonitor",
+    "Kept",
+    "LayerCodebook",
+    "Scorer",
+    "SoftCode",
+    "Store",
+    "load_calibration",
+    "pack_codes",
+    "read_calibration",
+    "save_calibration",
+    "unpack_codes",
+    "written_calibration",
+]

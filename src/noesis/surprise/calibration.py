@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..errors import BadValue
-from ..numerics.arrays import Floats, Ints, as_floats, no_nan
+from ..numerics import Floats, Ints, as_floats, no_nan
 from ..text import counted
 
 #: Shares of the calibration set that fit the codes and rank the layers; the rest ranks their sum.

@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..errors import BadType, BadValue
-from ..kernels.coding.op import code
-from ..kernels.coding.reference import SHORTEST, Book, Coded, code_reference, directions
-from ..numerics.arrays import Floats
-from ..numerics.clustering import k_means, spread_start
+from ..kernels.coding import SHORTEST, Book, Coded, code, code_reference, directions
+from ..numerics import Floats, k_means, spread_start
 
 #: A variance is at least this, of directions whose length is one.
 TINY = 1e-9

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import BadValue, WrongState
-from ..numerics.sampling import Reservoir
+from ..numerics import Reservoir
 from .calibration import Calibration
 from .scorer import Scorer
 from .vectors import Collected, Kept

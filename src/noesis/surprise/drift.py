@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import BadType, BadValue, WrongState
-from ..results.surprise import Surprise
+from ..results import Surprise
 from .calibration import Calibration
 
 #: Exponents of the bets: 0.05 wins most by few very strange inputs, 0.95 by many that are a little strange.

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BadValue
-from ..kernels.coding.reference import code_reference, directions
-from ..numerics.arrays import Floats
+from ..kernels.coding import code_reference, directions
+from ..numerics import Floats
 from .codebook import LayerCodebook
 
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import WrongState
-from ..kernels.coding.reference import Coded
-from ..numerics.arrays import Floats, no_nan
-from ..results.surprise import LayerSurprise, Surprise
+from ..kernels.coding import Coded
+from ..numerics import Floats, no_nan
+from ..results import LayerSurprise, Surprise
 from .calibration import Calibration, Doubt, Ranks, split
 from .codebook import ROUNDING, Codebook, LayerCodebook
 from .vectors import Collected, Kept

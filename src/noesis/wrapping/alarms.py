@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BadType, BadValue, NoesisError, NoesisWarning
-from ..numerics.arrays import Floats, Ints
-from ..results.trace import Trace
+from ..numerics import Floats, Ints
+from ..results import Trace
 from ..text import counted
 from .wrapped import Wrapped
 

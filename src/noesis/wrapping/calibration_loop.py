@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import BadType, BadValue
-from ..observing.channels import Channels
-from ..observing.recorder import Recorder
-from ..surprise.collection import Collection
-from ..surprise.scorer import Scorer
+from ..observing import Channels, Recorder
+from ..surprise import Collection, Scorer
 
 # ---------------------------------------------------------------- the loop
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import files
 from ..errors import BadFile, BadType, BadValue
-from ..files import bounded_json as bounded
-from ..results.trace import Trace
-from ..surprise.calibration_file import pack_codes, unpack_codes
+from ..results import Trace
+from ..surprise import pack_codes, unpack_codes
 from .wrapped import Wrapped
 
 if TYPE_CHECKING:
@@ -126,7 +125,7 @@ def _without_steps(trace: Trace) -> Trace:
 
 def _read(state: Any) -> tuple[dict[str, Trace], dict[str, bytes]]:
     try:
-        run, text = (bounded.parsed(state[name], len(state[name]), WHERE) for name in ("run", "codes"))
+        run, text = (files.parsed(state[name], len(state[name]), WHERE) for name in ("run", "codes"))
         codes = {name: base64.b64decode(data, validate=True) for name, data in text.items()}
         return {name: Trace.from_json(value, WHERE) for name, value in run.items()}, codes
     except BadFile:

@@ -11,19 +11,22 @@ from loguru import logger
 from torch import Tensor, nn
 
 from .. import files
-from ..distributed.calibration import calibrate_over
+from ..distributed import calibrate_over
 from ..errors import BadType, BadValue, NoesisWarning, WrongState
-from ..internals.modes import undisturbed
+from ..internals import undisturbed
 from ..kernels.layout import FORWARDS
-from ..observing.channels import Channels
-from ..observing.recorder import Recorder
-from ..results.surprise import Surprise
-from ..surprise.calibration import Calibration
-from ..surprise.calibration_file import load_calibration, save_calibration
-from ..surprise.codebook import Codebook, LayerCodebook
-from ..surprise.collection import Collection
-from ..surprise.nervecode import Ambiguity
-from ..surprise.scorer import Scorer
+from ..observing import Channels, Recorder
+from ..results import Surprise
+from ..surprise import (
+    Ambiguity,
+    Calibration,
+    Codebook,
+    Collection,
+    LayerCodebook,
+    Scorer,
+    load_calibration,
+    save_calibration,
+)
 from .calibration_loop import collect
 
 if TYPE_CHECKING:

@@ -12,17 +12,12 @@ import torch
 from loguru import logger
 from torch import nn
 
-from ..distributed.traces import merge_over
+from ..distributed import merge_over
 from ..errors import BadValue, NoesisError, WrongState
 from ..files import writer
-from ..internals.compiling import compiled, rebind
-from ..internals.modes import undisturbed
-from ..observing.observed import restore, site_of
-from ..observing.recorder import Recorder
-from ..results.routes import Routes
-from ..results.scalars import STATS, scalars, under
-from ..results.soulprint import Soulprint
-from ..results.trace import Trace
+from ..internals import compiled, rebind, undisturbed
+from ..observing import Recorder, restore, site_of
+from ..results import STATS, Routes, Soulprint, Trace, scalars, under
 from .with_codebooks import WithCodebooks
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
 """The moments of a tensor, merged into its layer's row."""
 
-from .op import observe_anywhere, observe_cpu
+from .op import observe_anywhere, observe_cpu, scratch
 
-__all__ = ["observe_anywhere", "observe_cpu"]
+__all__ = ["observe_anywhere", "observe_cpu", "scratch"]

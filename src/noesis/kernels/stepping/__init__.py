@@ -1,52 +1,6 @@
 """The ring of steps."""
 
-from ..layout import (
-    ACTIVE,
-    BATCH,
-    BRANCH,
-    ENABLED,
-    EVERY,
-    FOLD,
-    FOLDED,
-    FORWARDS,
-    NUMBER,
-    OBSERVED,
-    SEQUENCE,
-    SLOT,
-    STEP,
-    STEPS,
-    SUM_MEAN,
-    SUM_STD,
-    TIMESTEP,
-    TOTALS,
-)
 from .op import begin_anywhere, end_anywhere
 from .reference import add_steps, begin_cpu, end, merge_totals, with_whole
 
-__all__ = [
-    "ACTIVE",
-    "BATCH",
-    "BRANCH",
-    "ENABLED",
-    "EVERY",
-    "FOLD",
-    "FOLDED",
-    "FORWARDS",
-    "NUMBER",
-    "OBSERVED",
-    "SEQUENCE",
-    "SLOT",
-    "STEP",
-    "STEPS",
-    "SUM_MEAN",
-    "SUM_STD",
-    "TIMESTEP",
-    "TOTALS",
-    "add_steps",
-    "begin_anywhere",
-    "begin_cpu",
-    "end",
-    "end_anywhere",
-    "merge_totals",
-    "with_whole",
-]
+__all__ = ["add_steps", "begin_anywhere", "begin_cpu", "end", "end_anywhere", "merge_totals", "with_whole"]

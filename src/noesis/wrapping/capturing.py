@@ -16,13 +16,11 @@ from loguru import logger
 from torch import Tensor, nn
 
 from ..errors import BadType, BadValue, TooLarge, WrongState
-from ..internals.autograd import recomputing
-from ..internals.libraries import stream_index
-from ..layers.outputs import hidden_state
-from ..layers.selecting import Layers, select
-from ..results.activations import Activations, _nbytes
+from ..internals import recomputing, stream_index
+from ..layers import Layers, hidden_state, select
+from ..results import Activations, bytes_of
 from ..text import counted
-from .wrap import resolve
+from .wrap_model import resolve
 
 
 @contextmanager
@@ -38,7 +36,7 @@ def capture(model: Any, layers: Layers = "blocks", *, max_bytes: int = 1 << 30) 
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> from noesis.wrapping.capture import capture
+        >>> from noesis import capture
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
         >>> with capture(model, "all") as acts:
         ...     _ = model(torch.ones(2, 4))
@@ -103,7 +101,7 @@ class _Recording:
         if hidden.layout != torch.strided or hidden.is_nested or hidden.is_meta:
             self.acts.unmeasured[name] = "its tensor is sparse, nested or without data"
             return
-        needed = _nbytes(hidden)
+        needed = bytes_of(hidden)
         if self.held + needed > self.bound:
             raise TooLarge(
                 f"Keeping {needed} bytes of layer {name!r} would pass max_bytes={self.bound}: {self.held} are held",

@@ -15,8 +15,7 @@ import torch
 
 from .. import files
 from ..errors import BadFile, BadType, BadValue
-from ..numerics.alignment import Token, align
-from ..numerics.arrays import Floats
+from ..numerics import Floats, Token, align
 from ..text import counted, plain, table
 
 if TYPE_CHECKING:
@@ -241,8 +240,8 @@ def token_deltas(
 
     Example:
         >>> import torch
-        >>> from noesis.wrapping.capture import Activations
-        >>> from noesis.results.token_deltas import token_deltas
+        >>> from noesis import Activations
+        >>> from noesis import token_deltas
         >>> a = Activations({"block": [torch.eye(4)[None, :3]]})
         >>> b = Activations({"block": [torch.eye(4)[None, [0, 3, 1, 1]]]})
         >>> token_deltas(a, b, ["a", "cat", "sat"], ["a", "big", "cat", "sat"])
@@ -315,7 +314,7 @@ def cosine_delta(x: Floats, y: Floats) -> Floats:
 
     Example:
         >>> import numpy as np
-        >>> from noesis.results.token_deltas import cosine_delta
+        >>> from noesis.results.tokens import cosine_delta
         >>> cosine_delta(np.array([[3.0, 0.0], [0.0, 0.0]]), np.array([[0.0, 2.0], [0.0, 0.0]]))
         array([1., 0.])
     """

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from ..errors import BadValue, WrongState
-from ..numerics.arrays import Floats, no_nan
+from ..numerics import Floats, no_nan
 from .surprise import Surprise
 from .trace import Trace
 
@@ -65,7 +65,7 @@ def scalars(
 
     Example:
         >>> import torch, noesis
-        >>> from noesis.results.scalars import scalars
+        >>> from noesis.results import scalars
         >>> wrapped = noesis.wrap(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()), layers="all")
         >>> _ = wrapped(torch.ones(3, 2))
         >>> found = scalars(wrapped.trace(), layers=["1"], stats=["count"])

@@ -13,17 +13,11 @@ from torch import nn
 
 from .._version import __version__
 from ..errors import BadType, BadValue, WrongState
-from ..internals.compiling import inside, rebind
-from ..layers.routers import routers
-from ..layers.selecting import Layers, select
-from ..observing.attach import observe
-from ..observing.channels import Channels
-from ..observing.gradients import GradientRecorder
-from ..observing.observed import site_of
-from ..observing.recorder import Recorder
-from ..results.statistics import ALWAYS, OPTIONAL
-from ..surprise.codebook import Codebook
-from ..surprise.scorer import Scorer
+from ..internals import inside, rebind
+from ..layers import Layers, find_routers, select
+from ..observing import Channels, GradientRecorder, Recorder, observe, site_of
+from ..results import ALWAYS, OPTIONAL
+from ..surprise import Codebook, Scorer
 from .with_codebooks import check_codebook, logits_module
 from .wrapped import Wrapped, _check_numbers, _delegate, _few
 
@@ -124,7 +118,7 @@ def wrap(
     recorder = Recorder(names, device, **given, settings=settings)
     if gradients:
         recorder.gradients = GradientRecorder(names, device, **given, settings={})
-    recorder.count_routes(routers(root, chosen))
+    recorder.count_routes(find_routers(root, chosen))
     if codebook is not None:
         recorder.channels = Channels(codebook, logits if callable(logits) else None)
     observe(recorder, chosen, roots, output, logits_module(root, logits))
@@ -170,7 +164,7 @@ def resolve(model: Any) -> tuple[Any, nn.Module, list[nn.Module], Any]:
         root = inside(model)
         return model, root, [root], None
     if hasattr(model, "components") and callable(model):
-        from ..observing.pipelines import Pipeline  # only a pipeline needs it
+        from ..observing import Pipeline  # only a pipeline needs it
 
         pipeline = Pipeline(model)
         root, roots = pipeline.denoisers()
