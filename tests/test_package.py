@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -294,6 +295,13 @@ def violations(package: Path) -> list[str]:
 
 def test_imports_run_downwards() -> None:
     assert violations(PACKAGE) == []
+
+
+def test_the_picture_is_of_this_table() -> None:
+    """`python tools/draw_house.py` draws it."""
+    drawing = runpy.run_path(str(ROOT / "tools" / "draw_house.py"))
+    assert drawing["table"]() == HOUSE
+    assert drawing["drawn"](HOUSE) == (ROOT / "docs" / "house.svg").read_text(encoding="utf-8")
 
 
 def test_the_table_has_every_package_and_no_circle() -> None:

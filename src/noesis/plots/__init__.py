@@ -1,6 +1,6 @@
 """Pictures from plain arrays."""
 
-from .figures import bars, draw_effects, draw_heat_map, effects, heat_map
+from .figures import bars, draw_effects, draw_heat_map, effects, heat_map, histograms
 from .style import LOUD, MISSING, SOFT, new_figure, shortened, thinned, write_figure
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "draw_heat_map",
     "effects",
     "heat_map",
+    "histograms",
     "new_figure",
     "shortened",
     "thinned",

@@ -227,7 +227,7 @@ def histograms(
             missing.
 
     Example:
-        >>> from noesis.plots.figures import histograms
+        >>> from noesis.plots import histograms
         >>> figure = histograms({"test": [1.0, 1.5, 2.0], "noise": [30.0, float("inf")]})
         >>> [text.get_text() for text in figure.legends[0].get_texts()]
         ['test (3)', 'noise (2)']

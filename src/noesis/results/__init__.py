@@ -1,4 +1,4 @@
-"""Every answer on the host."""
+"""Every answer on the host: Trace, Soulprint, Comparison, Surprise, Routes, Activations, TokenDeltas."""
 
 from .activations import Activations, bytes_of
 from .comparison import Comparison, compare

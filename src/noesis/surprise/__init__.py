@@ -1,5 +1,6 @@
 """What is normal: codebooks, calibration, scores, drift."""
 
+from ..results import LayerSurprise, Reason
 from .calibration import Calibration
 from .calibration_file import (
     load_calibration,
@@ -25,6 +26,8 @@ __all__ = [
     "DriftMonitor",
     "Kept",
     "LayerCodebook",
+    "LayerSurprise",
+    "Reason",
     "Scorer",
     "SoftCode",
     "Store",

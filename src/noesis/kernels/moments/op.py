@@ -1,7 +1,7 @@
 """The moments of a tensor, merged into its layer's row of the current step.
 
 Doors with one meaning: a reference in torch ops that never waits for the device, a Triton kernel in
-`moments_triton`, two CPU paths in `moments_numba` and `moments_numpy` (all three are imported late),
+`_triton`, two CPU paths in `_numba` and `_numpy` (all three are imported late),
 and `torch.ops.noesis.moments` for compiled code.
 """
 
@@ -19,9 +19,6 @@ from torch import Tensor
 from ..dispatch import by_numba, has_triton, register
 from ..layout import ACTIVE
 from .reference import DTYPES, _dense, check_room, observe_reference
-
-# ---------------------------------------------------------------- reference
-
 
 # ---------------------------------------------------------------- CPU
 

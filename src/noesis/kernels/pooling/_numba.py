@@ -1,7 +1,7 @@
 """The CPU kernel of `pooling`: one read of a float32 output, compiled by Numba.
 
 Imported late and only where Numba is installed. Sums are shifted by each channel's first element, as in
-`pooling_triton`, and carried over into float64 block by block.
+`pooling._triton`, and carried over into float64 block by block.
 """
 
 from __future__ import annotations
