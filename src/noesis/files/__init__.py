@@ -3,9 +3,7 @@
 from .atomic import PathLike, read_bytes, write_bytes
 from .bounded_json import NoArrayError, parsed
 from .formats import (
-    FORMAT_VERSION,
     Arrays,
-    check_header,
     dump_json,
     is_json,
     load_tensors,
@@ -19,14 +17,15 @@ from .formats import (
     unknown_suffix,
 )
 from .loggers import writer
+from .versions import check_header, heading
 
 __all__ = [
-    "FORMAT_VERSION",
     "Arrays",
     "NoArrayError",
     "PathLike",
     "check_header",
     "dump_json",
+    "heading",
     "is_json",
     "load_tensors",
     "pack_tensors",

@@ -25,8 +25,8 @@ from safetensors.numpy import save as pack_safetensors
 from ..errors import BadFile, BadValue, NoesisError
 from . import bounded_json as bounded
 from .atomic import PathLike, read_bytes, write_bytes
+from .versions import check_header, heading
 
-FORMAT_VERSION = 1
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -37,7 +37,7 @@ def save_tensors(path: PathLike, kind: str, arrays: Arrays, header: dict[str, An
 
 def pack_tensors(kind: str, arrays: Arrays, header: dict[str, Any]) -> bytes:
     """The bytes of such a file."""
-    full = {"format": f"noesis.{kind}", "format_version": FORMAT_VERSION, **header}
+    full = {**heading(kind), **header}
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     # safetensors metadata maps strings to strings, so the header travels as one JSON string.
     packed: bytes = pack_safetensors(contiguous, {"noesis": dump_json(full)})
@@ -132,7 +132,7 @@ def unknown_suffix(path: Path, known: str = ".safetensors, .json or .json.gz") -
 
 def save_json(path: PathLike, kind: str, payload: dict[str, Any]) -> Path:
     """Write a JSON object of the given kind; gzip when the name ends in `.gz`."""
-    full = {"format": f"noesis.{kind}", "format_version": FORMAT_VERSION, **payload}
+    full = {**heading(kind), **payload}
     return write_bytes(path, _packed(path, dump_json(full)))
 
 
@@ -176,22 +176,3 @@ def read_json(path: PathLike, *, numbers: Collection[str] = (), whole: bool = Fa
     if not isinstance(value, dict):
         raise BadFile(f"{path} holds a JSON {type(value).__name__}", "a JSON object", "Check the path")
     return value
-
-
-def check_header(header: Any, kind: str, path: PathLike) -> dict[str, Any]:
-    """The header, once its format and version are the expected ones."""
-    given = header.get("format") if isinstance(header, dict) else None
-    if given != f"noesis.{kind}":
-        raise BadFile(
-            f"{path} is no noesis {kind}: its format is {given!r}",
-            f"format 'noesis.{kind}'",
-            f"Pass a file written by {kind.capitalize()}.save",
-        )
-    version = header.get("format_version")
-    if version != FORMAT_VERSION or isinstance(version, bool):
-        raise BadFile(
-            f"{path} has format_version {version!r}",
-            f"version {FORMAT_VERSION}",
-            "Upgrade noesis, or write the file again with this version",
-        )
-    return dict(header)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-#: Numbers in a control block; `stepping` says which.
-CONTROL = 9
+#: A row, as float64 fields.
 FIELDS = ("count", "nonfinite", "zeros", "mean", "std", "abs_mean", "min", "max", "calls", "order")
 COUNT, NONFINITE, ZEROS, MEAN, STD, ABS_MEAN, MIN, MAX, CALLS, ORDER = range(len(FIELDS))
+
+#: The same packed as float32 slots: a count takes two, and the high parts, in units of `BASE`, come last.
 COUNTS = (COUNT, NONFINITE, ZEROS)
-SLOTS = len(FIELDS) + len(COUNTS)  # the high parts of the counts come last
+SLOTS = len(FIELDS) + len(COUNTS)
 BASE = float(1 << 24)
-#: Forwards counted, steps observed, the flags that tell a layer where its row goes, if anywhere, calls
-#: since the step began, or since the last one ended, steps that are in the totals, and how many to add
-#: to them at a time once the ring is full (on the CPU, where one call for many costs as much as for one).
+
+#: The control block: forwards counted, steps observed, the flags that tell a layer where its row goes, if
+#: anywhere, calls since the step began, or since the last one ended, steps that are in the totals, and how many
+#: to add to them at a time once the ring is full (on the CPU, where one call for many costs as much as for one).
+CONTROL = 9
 FORWARDS, OBSERVED, EVERY, ENABLED, ACTIVE, SLOT, SEQUENCE, FOLDED, FOLD = range(CONTROL)
+
+#: What is known of each step.
 STEP = 4
 NUMBER, TIMESTEP, BRANCH, BATCH = range(STEP)
+
 #: Beside the merged row, totals hold what a soulprint averages: steps, sum of means, sum of stds.
 TOTALS = len(FIELDS) + 3
 STEPS, SUM_MEAN, SUM_STD = range(len(FIELDS), TOTALS)

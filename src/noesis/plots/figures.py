@@ -27,19 +27,19 @@ from .style import (
     SECOND,
     SOFT,
     TALLEST,
-    _check_path,
-    _frame,
-    _height,
-    _inches,
-    _label_columns,
-    _label_rows,
-    _legend,
-    _note,
-    _title,
-    _write,
+    add_legend,
+    add_note,
+    check_path,
+    height_of,
+    inches_of,
+    label_columns,
+    label_rows,
     new_figure,
+    set_frame,
+    set_title,
     shortened,
     thinned,
+    written,
 )
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ SETS = (FIRST, SECOND, LOUD, "#3a9278", "#7a57a8", SOFT)
 BINS, LARGEST = 60, 1e100
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- what is drawn
 
 
 class Averaged(Protocol):
@@ -87,6 +87,9 @@ class Changed(Protocol):
     def q_value(self) -> float | None:
         """How surely."""
         ...
+
+
+# ---------------------------------------------------------------- pictures
 
 
 def heat_map(
@@ -124,11 +127,11 @@ def heat_map(
         ['conv', 'head']
     """
     table = np.asarray(values, dtype=np.float64)
-    _check_path(path)
+    check_path(path)
     _check_table(table, len(row_labels), len(column_labels))
-    figure = new_figure(float(np.clip(3.6 + 0.12 * table.shape[1], 6.4, 13.0)), _height(len(table)))
+    figure = new_figure(float(np.clip(3.6 + 0.12 * table.shape[1], 6.4, 13.0)), height_of(len(table)))
     draw_heat_map(figure.add_subplot(), table, row_labels, column_labels, title=title)
-    return _write(figure, path)
+    return written(figure, path)
 
 
 def bars(soulprints: Sequence[Averaged], path: files.PathLike | None = None) -> Figure:
@@ -155,25 +158,25 @@ def bars(soulprints: Sequence[Averaged], path: files.PathLike | None = None) -> 
         >>> [axes.get_title(loc="left") for axes in figure.axes]
         ['mean', 'std']
     """
-    _check_path(path)
+    check_path(path)
     if not 1 <= len(soulprints) <= 2:
         raise BadValue(f"{len(soulprints)} soulprints", "one or two", "Draw them in pairs")
     names = list(dict.fromkeys(name for each in soulprints for name in each.layers))
     if not names:
         raise BadValue("The soulprint has no layers", "at least one", "Record a run first")
-    figure = new_figure(10.0, _height(len(names), per_row=ROW if len(soulprints) == 1 else ROW * 1.3))
+    figure = new_figure(10.0, height_of(len(names), per_row=ROW if len(soulprints) == 1 else ROW * 1.3))
     left, right = figure.subplots(1, 2, sharey=True)
     colours = [PALE if len(soulprints) == 2 and len(names) > CROWDED else FIRST, SECOND]
     for axes, title, kind in ((left, "mean", "means"), (right, "std", "stds")):
         columns = [_by_name(each, kind, names) for each in soulprints]
         _layer_bars(axes, columns, colours)
         _scale(axes, np.concatenate(columns))
-        _title(axes, title)
-    _label_rows(left, names)
+        set_title(axes, title)
+    label_rows(left, names)
     right.tick_params(axis="y", length=0, labelleft=False)
     if len(soulprints) == 2:
-        _legend(figure, colours, _run_names(soulprints))
-    return _write(figure, path)
+        add_legend(figure, colours, _run_names(soulprints))
+    return written(figure, path)
 
 
 def effects(rows: Sequence[Changed], path: files.PathLike | None = None) -> Figure:
@@ -197,12 +200,12 @@ def effects(rows: Sequence[Changed], path: files.PathLike | None = None) -> Figu
         >>> [label.get_text() for label in effects(noesis.compare(a, b).rows).axes[0].get_yticklabels()]
         ['head', 'conv']
     """
-    _check_path(path)
+    check_path(path)
     if not rows:
         raise BadValue("The comparison has no rows", "at least one", "Compare runs with a layer in common")
-    figure = new_figure(8.0, _height(len(rows)))
+    figure = new_figure(8.0, height_of(len(rows)))
     draw_effects(figure.add_subplot(), rows, title="effect by layer")
-    return _write(figure, path)
+    return written(figure, path)
 
 
 def histograms(
@@ -234,13 +237,13 @@ def histograms(
         >>> figure.axes[0].get_title(loc="right")
         'not finite, and not shown: 1 of noise'
     """
-    _check_path(path)
+    check_path(path)
     sets = {str(name): np.asarray(values, dtype=np.float64) for name, values in scores.items()}
     _check_sets(sets)
     figure = new_figure(8.0, 3.6)
     draw_histograms(figure.add_subplot(), sets, title=title)
-    _legend(figure, list(SETS[: len(sets)]), [f"{name} ({len(values)})" for name, values in sets.items()])
-    return _write(figure, path)
+    add_legend(figure, list(SETS[: len(sets)]), [f"{name} ({len(values)})" for name, values in sets.items()])
+    return written(figure, path)
 
 
 # ---------------------------------------------------------------- parts of pictures
@@ -259,11 +262,11 @@ def draw_heat_map(
     image = axes.imshow(
         np.ma.masked_invalid(table), aspect="auto", cmap=colours, norm=norm, interpolation="nearest", resample=False
     )
-    _frame(axes)
-    _label_rows(axes, row_labels)
-    _label_columns(axes, column_labels)
-    _title(axes, title)
-    tall = _inches(axes)[1] / 0.16  # a bar 0.16 inches wide, however tall the picture
+    set_frame(axes)
+    label_rows(axes, row_labels)
+    label_columns(axes, column_labels)
+    set_title(axes, title)
+    tall = inches_of(axes)[1] / 0.16  # a bar 0.16 inches wide, however tall the picture
     bar = axes.figure.colorbar(image, ax=axes, extend=extend, extendfrac=0.02, pad=0.015, fraction=0.05, aspect=tall)
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=SOFT, labelsize=8, length=2, which="both")
@@ -271,7 +274,7 @@ def draw_heat_map(
         bar.ax.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
         bar.ax.yaxis.get_offset_text().set(color=SOFT, fontsize=8)
     if not np.isfinite(table).all():
-        _note(axes, "grey: no value")
+        add_note(axes, "grey: no value")
 
 
 def draw_effects(axes: Axes, rows: Sequence[Changed], *, title: str) -> None:
@@ -281,8 +284,8 @@ def draw_effects(axes: Axes, rows: Sequence[Changed], *, title: str) -> None:
     colours = [FIRST if not judged else LOUD if row.changed else QUIET for row in rows]
     places = np.arange(len(rows))
     axes.barh(places, size, height=0.74 if len(rows) <= CROWDED else 1.0, color=colours, linewidth=0)
-    _frame(axes, grid="x")
-    _label_rows(axes, [row.layer for row in rows])
+    set_frame(axes, grid="x")
+    label_rows(axes, [row.layer for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     largest = float(np.max(size, initial=0.0)) or 1.0
     axes.set_xlim(0, largest * 1.02)
@@ -292,11 +295,11 @@ def draw_effects(axes: Axes, rows: Sequence[Changed], *, title: str) -> None:
             text = f"{row.effect:.2g}" + ("" if row.q_value is None else f"   q {_q(row.q_value)}")
             axes.text(row.effect + largest * 0.012, place, text, va="center", fontsize=7, color=SOFT)
     axes.set_xlabel("shift of the mean in standard deviations, and log ratio of the stds", color=SOFT, fontsize=8)
-    _title(axes, title)
+    set_title(axes, title)
     if judged:
         shown = [(LOUD, "changed", True), (QUIET, "within the noise of the baseline", False)]
         present = [(colour, text) for colour, text, state in shown if any(bool(row.changed) is state for row in rows)]
-        _legend(axes, [colour for colour, _ in present], [text for _, text in present])
+        add_legend(axes, [colour for colour, _ in present], [text for _, text in present])
 
 
 def draw_histograms(axes: Axes, sets: Mapping[str, Floats], *, title: str) -> None:
@@ -307,15 +310,15 @@ def draw_histograms(axes: Axes, sets: Mapping[str, Floats], *, title: str) -> No
         share = np.histogram(values, edges)[0] / len(sets[name])
         axes.stairs(share, edges, fill=True, color=colour, alpha=0.35, linewidth=0)
         axes.stairs(share, edges, color=colour, linewidth=1.2)
-    _frame(axes, grid="x")
+    set_frame(axes, grid="x")
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(bottom=0)
     axes.set_ylabel("share of the set", color=SOFT, fontsize=8)
-    _title(axes, title)
+    set_title(axes, title)
     missing = {name: len(sets[name]) - len(values) for name, values in finite.items()}
     lost = ", ".join(f"{count} of {shortened(name, 24)}" for name, count in missing.items() if count)
     if lost:
-        _note(axes, f"not finite, and not shown: {lost}")
+        add_note(axes, f"not finite, and not shown: {lost}")
 
 
 def _q(value: float) -> str:
@@ -413,7 +416,7 @@ def _layer_bars(axes: Axes, columns: list[Floats], colours: list[str]) -> None:
         axes.barh(places, _finite(columns[0]), height=1.0, color=colours[0], linewidth=0)
         for column in columns[1:]:
             axes.vlines(_finite(column), places - 0.5, places + 0.5, color=colours[1], linewidth=2)
-    _frame(axes, grid="x")
+    set_frame(axes, grid="x")
     axes.axvline(0, color=SOFT, linewidth=0.8)
     axes.set_ylim(count - 0.4, -0.6)
 

@@ -39,24 +39,26 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=DOTS_PER_INCH, facecolor="white", layout="constrained")
 
 
-def _height(rows: int, per_row: float = ROW) -> float:
+def height_of(rows: int, per_row: float = ROW) -> float:
     """Inches: room for every label until the picture would become too tall to look at."""
     return float(np.clip(1.3 + per_row * rows, 2.6, TALLEST))
 
 
-def _inches(axes: Axes) -> tuple[float, float]:
+def inches_of(axes: Axes) -> tuple[float, float]:
     """Width and height of the picture, or of the part of it that the axes are in."""
     figure = axes.figure
     return figure.bbox.width / figure.dpi, figure.bbox.height / figure.dpi
 
 
-def _label_rows(axes: Axes, labels: Sequence[Any]) -> None:
-    room = int(_inches(axes)[1] / (ROW * 0.72))
+def label_rows(axes: Axes, labels: Sequence[Any]) -> None:
+    """Name the rows of axes, all of them or as many as there is room for."""
+    room = int(inches_of(axes)[1] / (ROW * 0.72))
     _label(axes.yaxis, labels, room, LONGEST_LABEL)
 
 
-def _label_columns(axes: Axes, labels: Sequence[Any]) -> None:
-    room = max(4, int(_inches(axes)[0] * 1.6))
+def label_columns(axes: Axes, labels: Sequence[Any]) -> None:
+    """Name the columns of axes, as many as there is room for."""
+    room = max(4, int(inches_of(axes)[0] * 1.6))
     texts = [str(label) for label in labels]
     longest = max(len(text) for text in texts)
     upright = longest > 6
@@ -113,7 +115,8 @@ def shortened(name: Any, longest: int = LONGEST_LABEL) -> str:
     return f"{text[: longest - 1 - tail]}…{text[-tail:]}"
 
 
-def _frame(axes: Axes, grid: Literal["x"] | None = None) -> None:
+def set_frame(axes: Axes, grid: Literal["x"] | None = None) -> None:
+    """Thin lines around axes."""
     axes.set_facecolor("white")
     for side, spine in axes.spines.items():
         spine.set_visible(grid is None or side == "bottom")
@@ -127,17 +130,19 @@ def _frame(axes: Axes, grid: Literal["x"] | None = None) -> None:
         axes.set_axisbelow(True)
 
 
-def _title(axes: Axes, text: str) -> None:
+def set_title(axes: Axes, text: str) -> None:
+    """A title above axes, to the left."""
     axes.set_title(
         shortened(text, 90), loc="left", fontsize=11, color=INK, fontweight="bold", parse_math=False, usetex=False
     )
 
 
-def _note(axes: Axes, text: str) -> None:
+def add_note(axes: Axes, text: str) -> None:
+    """A remark above axes, to the right."""
     axes.set_title(text, loc="right", fontsize=8, color=SOFT)
 
 
-def _legend(where: Figure | Axes, colours: list[str], texts: list[str]) -> None:
+def add_legend(where: Figure | Axes, colours: list[str], texts: list[str]) -> None:
     """Coloured squares with words: above axes, or in the upper right corner of a figure."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -153,13 +158,14 @@ def _legend(where: Figure | Axes, colours: list[str], texts: list[str]) -> None:
         entry.set_text(shortened(text, 48))
 
 
-def _check_path(path: files.PathLike | None) -> None:
+def check_path(path: files.PathLike | None) -> None:
     """Refuse an unknown suffix before any work is done."""
     if path is not None and Path(path).suffix.lower() not in SUFFIXES:
         raise files.unknown_suffix(Path(path), ", ".join(SUFFIXES))
 
 
-def _write(figure: Figure, path: files.PathLike | None) -> Figure:
+def written(figure: Figure, path: files.PathLike | None) -> Figure:
+    """The figure, and where a path was given, a file of it."""
     if path is not None:
         write_figure(figure, path)
     return figure
@@ -167,7 +173,7 @@ def _write(figure: Figure, path: files.PathLike | None) -> Figure:
 
 def write_figure(figure: Figure, path: files.PathLike) -> Path:
     """Write a figure to `.png`, `.svg` or `.pdf`, whole or not at all."""
-    _check_path(path)
+    check_path(path)
     data = io.BytesIO()
     with warnings.catch_warnings():
         # A name in a script the font lacks is drawn as boxes; that is no reason to fail.

@@ -140,8 +140,7 @@ class Activations(Mapping[str, list[Tensor]]):
             for call, tensor in enumerate(calls)
         }
         header = {
-            "format": f"noesis.{KIND}",
-            "format_version": files.FORMAT_VERSION,
+            **files.heading(KIND),
             "noesis": __version__,
             "torch": torch.__version__,
             "layers": self.layers,

@@ -8,7 +8,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from ..numerics import Floats, layer_tests
 from ..text import csv_quoting, plain, table
 from .divergence import Divergence, first_divergence, pooled
 from .runs import Answering, Averaged, Recorded
+from .saved import Saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,7 +64,7 @@ class Row:
 
 
 @dataclass(eq=False, repr=False)
-class Comparison:
+class Comparison(Saved):
     """Where two runs differ.
 
     Attributes:
@@ -83,6 +84,9 @@ class Comparison:
         >>> result.rows[0].layer, result.rows[0].effect, round(result.distance, 3)
         ('head', 0.5, 0.354)
     """
+
+    kind: ClassVar[str] = "comparison"
+    suffixes: ClassVar[str] = ".json, .json.gz or .csv"
 
     rows: list[Row]
     cosine: float
@@ -110,12 +114,6 @@ class Comparison:
             f"layer {layer!r} is not among the common layers", f"one of the {len(self.rows)} in .rows", "Check the name"
         )
 
-    def to_json(self) -> str:
-        """The comparison as one JSON object."""
-        return files.dump_json(
-            {"format": "noesis.comparison", "format_version": files.FORMAT_VERSION, **dataclasses.asdict(self)}
-        )
-
     def to_csv(self) -> str:
         """The rows as CSV with a header line."""
         text = io.StringIO()
@@ -128,11 +126,10 @@ class Comparison:
     def save(self, path: files.PathLike) -> Path:
         """Write to `.json` or `.json.gz`, or the rows alone to `.csv`; whole or not at all."""
         path = Path(path)
-        if path.suffix == ".csv":
-            return files.write_bytes(path, self.to_csv().encode())
-        if not files.is_json(path):
-            raise files.unknown_suffix(path, ".json, .json.gz or .csv")
-        return files.save_json(path, "comparison", dataclasses.asdict(self))
+        return files.write_bytes(path, self.to_csv().encode()) if path.suffix == ".csv" else super().save(path)
+
+    def _payload(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
 
     @classmethod
     def load(cls, path: files.PathLike) -> Comparison:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from ..errors import BadFile
 from ..kernels.routing import ENTROPY, FIELDS, MEASURED, NEIGHBOURS, SWITCHES, TOKENS, UNIT
 from ..numerics import Floats, Ints
 from ..text import counted, plain, table
+from .saved import Saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,7 +109,7 @@ class Routing:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Routes(Routing):
+class Routes(Routing, Saved):
     """How the routers of a Mixture-of-Experts model sent the tokens of a run to experts.
 
     `expert_load`, `entropy`, `cv`, `idle`, `switching`, `tokens` and `counts` are per step and layer, and
@@ -144,6 +145,8 @@ class Routes(Routing):
         (0.5, 2)
     """
 
+    kind: ClassVar[str] = KIND
+
     layers: list[str]
     steps: Ints
     whole: Ints
@@ -162,15 +165,6 @@ class Routes(Routing):
         return len(self.steps)
 
     # ------------------------------------------------------------ files
-
-    def save(self, path: files.PathLike) -> Path:
-        """Write to `.safetensors`, `.json` or `.json.gz`, whole or not at all."""
-        path = Path(path)
-        if path.suffix == ".safetensors":
-            return files.save_tensors(path, KIND, self._arrays(), self._header())
-        if files.is_json(path):
-            return files.save_json(path, KIND, self._payload())
-        raise files.unknown_suffix(path)
 
     @classmethod
     def load(cls, path: files.PathLike) -> Routes:
@@ -193,10 +187,6 @@ class Routes(Routing):
                 "a file written by Routes.save",
                 "It may be truncated or edited; write it again",
             ) from None
-
-    def to_json(self) -> str:
-        """The routes as one JSON object; NaN becomes null."""
-        return files.dump_json({"format": f"noesis.{KIND}", "format_version": files.FORMAT_VERSION, **self._payload()})
 
     @classmethod
     def _from(cls, arrays: dict[str, Any], header: dict[str, Any]) -> Routes:

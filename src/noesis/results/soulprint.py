@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -14,13 +14,14 @@ from ..files import v01
 from ..numerics import Floats
 from ..text import counted, plain, table
 from .comparison import Comparison, compare
+from .saved import Saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 @dataclass(eq=False, repr=False)
-class Soulprint:
+class Soulprint(Saved):
     """Each layer's mean and standard deviation, averaged over the steps of a run.
 
     Attributes:
@@ -36,6 +37,8 @@ class Soulprint:
         >>> print_.vector
         array([0., 1., 1., 2.])
     """
+
+    kind: ClassVar[str] = "soulprint"
 
     means: Floats
     stds: Floats
@@ -63,16 +66,6 @@ class Soulprint:
     def compare(self, other: Soulprint, **options: Any) -> Comparison:
         """What changed from this one to the other: `noesis.compare(self, other, **options)`."""
         return compare(self, other, **options)
-
-    def save(self, path: files.PathLike) -> Path:
-        """Write to `.safetensors`, `.json` or `.json.gz`, whole or not at all."""
-        path = Path(path)
-        if path.suffix == ".safetensors":
-            arrays = {"means": self.means, "stds": self.stds}
-            return files.save_tensors(path, "soulprint", arrays, self._header())
-        if files.is_json(path):
-            return files.save_json(path, "soulprint", self._payload())
-        raise files.unknown_suffix(path)
 
     def save_v01(self, path: files.PathLike) -> Path:
         """Write the soulprint JSON of noesis v0.1."""
@@ -104,15 +97,12 @@ class Soulprint:
             return cls(old.means, old.stds, old.layers, old.steps, meta)
         return cls._from(value, files.check_header(value, "soulprint", path), path)
 
-    def to_json(self) -> str:
-        """The soulprint as one JSON object; NaN becomes null."""
-        return files.dump_json(
-            {"format": "noesis.soulprint", "format_version": files.FORMAT_VERSION, **self._payload()}
-        )
-
     def _header(self) -> dict[str, Any]:
         layout = "concat(means[0:L], stds[0:L])"
         return {"layers": self.layers, "steps": self.steps, "vector_layout": layout, "meta": self.meta}
+
+    def _arrays(self) -> files.Arrays:
+        return {"means": self.means, "stds": self.stds}
 
     def _payload(self) -> dict[str, Any]:
         return {**self._header(), "means": self.means.tolist(), "stds": self.stds.tolist()}

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from .. import files
 from ..errors import BadFile, BadType, BadValue
 from ..numerics import Floats, Token, align
 from ..text import counted, plain, table
+from .saved import Saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +40,7 @@ class TokenDelta(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TokenDeltas:
+class TokenDeltas(Saved):
     """How far two runs are apart at each aligned token and layer, as 1 - cosine of the hidden states.
 
     0 is the same direction, 1 orthogonal, 2 opposite; NaN where a hidden state is not finite.
@@ -56,6 +56,9 @@ class TokenDeltas:
         only_in_a: layers that ran only in run a.
         only_in_b: layers that ran only in run b.
     """
+
+    kind: ClassVar[str] = KIND
+    suffixes: ClassVar[str] = ".json or .json.gz"
 
     values: Floats
     layers: list[str]
@@ -114,17 +117,6 @@ class TokenDeltas:
             for row in order.tolist()
             if ranked[row] > self.threshold
         ]
-
-    def to_json(self) -> str:
-        """The deltas as one JSON object; NaN becomes null."""
-        return files.dump_json({"format": f"noesis.{KIND}", "format_version": files.FORMAT_VERSION, **self._payload()})
-
-    def save(self, path: files.PathLike) -> Path:
-        """Write to `.json` or `.json.gz`, whole or not at all."""
-        path = Path(path)
-        if not files.is_json(path):
-            raise files.unknown_suffix(path, ".json or .json.gz")
-        return files.save_json(path, KIND, self._payload())
 
     @classmethod
     def load(cls, path: files.PathLike) -> TokenDeltas:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from ..files import v01
 from ..kernels import layout, rows
 from ..numerics import Floats, Ints
 from ..text import counted, plain, table
+from .saved import Saved
 from .soulprint import Soulprint
 from .statistics import ALWAYS, OPTIONAL, fields_of, stats_of
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False, repr=False)
-class Trace:
+class Trace(Saved):
     """The statistics of every observed layer at every step of a run.
 
     Attributes:
@@ -58,6 +59,8 @@ class Trace:
         >>> trace["count"]
         array([[16., 16.]])
     """
+
+    kind: ClassVar[str] = "trace"
 
     values: Floats
     layers: list[str]
@@ -224,15 +227,6 @@ class Trace:
 
     # ------------------------------------------------------------ files
 
-    def save(self, path: files.PathLike) -> Path:
-        """Write to `.safetensors`, `.json` or `.json.gz`, whole or not at all."""
-        path = Path(path)
-        if path.suffix == ".safetensors":
-            return files.save_tensors(path, "trace", self._arrays(), self._header())
-        if files.is_json(path):
-            return files.save_json(path, "trace", self._payload())
-        raise files.unknown_suffix(path)
-
     def save_v01(self, folder: files.PathLike, *, single_file: bool = False, compress: bool = True) -> list[Path]:
         """Write the files of noesis v0.1 into a folder: one per step, or a single one."""
         kept = [self.stats.index(name) for name in v01.STATS]
@@ -279,10 +273,6 @@ class Trace:
     def from_json(cls, value: dict[str, Any], path: Path | str) -> Trace:
         """From the JSON object of `to_json`; `path` is what errors call it."""
         return cls._from_payload(files.check_header(value, "trace", path), path)
-
-    def to_json(self) -> str:
-        """The trace as one JSON object; NaN becomes null."""
-        return files.dump_json({"format": "noesis.trace", "format_version": files.FORMAT_VERSION, **self._payload()})
 
     def _header(self) -> dict[str, Any]:
         return {

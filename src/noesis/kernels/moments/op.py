@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..dispatch import by_numba, has_triton, register
 from ..layout import ACTIVE
-from .reference import DTYPES, _dense, check_room, observe_reference
+from .reference import DTYPES, check_room, dense_copy, observe_reference
 
 # ---------------------------------------------------------------- CPU
 
@@ -42,7 +42,7 @@ def observe_cpu(
         _numpy().observe(x, samples, count_zeros, layer, slab, control)
         return
     if not x.is_contiguous():
-        x = _dense(x, samples)
+        x = dense_copy(x, samples)
     numba.observe(x.data_ptr(), x.numel(), numba.KINDS[x.dtype], samples, count_zeros, layer, slab, control)
 
 

@@ -88,7 +88,7 @@ def check_room(samples: int, room: int) -> None:
         )
 
 
-def _dense(x: Tensor, samples: int) -> Tensor:
+def dense_copy(x: Tensor, samples: int) -> Tensor:
     """The elements without gaps, those of a sample together; in the order of memory if that is possible."""
     dense = storage_order(x)
     if dense.is_contiguous() and (not samples or x.stride(0) * x.shape[0] == x.numel() or x.shape[0] == 1):

@@ -1,0 +1,162 @@
+"""Files of every kind as version 1 wrote them; whatever is written later, these are read as what they are.
+
+They lie in `files_v1`, and are never written again: a new version of a kind gets a folder and a test of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import noesis
+from noesis.files import heading
+from noesis.files.versions import VERSIONS, check_header
+
+FILES = Path(__file__).parent / "files_v1"
+STATS = ("count", "mean", "std", "abs_mean", "min", "max", "nonfinite", "zeros", "rms")
+
+
+def a_trace() -> noesis.Trace:
+    values = np.arange(1.0, 1 + 2 * 3 * 9).reshape(2, 3, 9)
+    values[..., 0], values[..., 6:8] = 8, [1, 2]
+    values[0, 1, [0, 6, 7]], values[0, 1, [1, 2, 3, 4, 5, 8]] = 0, np.nan
+    more: dict[str, Any] = {"timesteps": np.array([999.0, 1.5]), "batches": np.array([2, 4])}
+    return noesis.Trace.of(
+        values, ["a", "b.0", "b.1"], STATS, steps=np.array([3, 5]), meta={"run": "one"}, branches=[None, "cond"], **more
+    )
+
+
+def a_routes() -> noesis.Routes:
+    from noesis.kernels.routing import FIELDS
+
+    sums = np.arange(2 * 1 * (FIELDS + 4), dtype=np.int64).reshape(2, 1, FIELDS + 4)
+    return noesis.Routes(
+        sums=sums,
+        experts=np.array([4]),
+        layers=["gate"],
+        steps=np.array([0, 1]),
+        whole=sums.sum(0),
+        coactivation=np.arange(16, dtype=np.int64).reshape(1, 4, 4),
+        step_coactivation=np.zeros((0, 1, 4, 4), dtype=np.int64),
+        dropped_steps=0,
+        unmeasured={},
+        meta={"run": "one"},
+    )
+
+
+def some_activations() -> noesis.Activations:
+    calls = {"a": [torch.arange(6.0).reshape(1, 3, 2), torch.ones(1, 1, 2)], "b": [torch.ones(2, dtype=torch.bfloat16)]}
+    return noesis.Activations(calls, unmeasured={"c": "no floating tensor in its output"}, meta={"run": "one"})
+
+
+def some_deltas() -> noesis.TokenDeltas:
+    before, after = (noesis.Activations({"a": [torch.arange(6.0).reshape(1, 3, 2) + shift]}) for shift in (0, 1))
+    return noesis.token_deltas(before, after, ["x", "y", "z"], ["x", "y", "z"])
+
+
+def watched() -> noesis.Wrapped:
+    """A model without chance in it, with codes for its layer."""
+    model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2)).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.linspace(-1, 1, parameter.numel()).reshape(parameter.shape)
+    return noesis.wrap(model, layers="1", codebook=noesis.Codebook(size=4, dim=2))
+
+
+def inputs() -> torch.Tensor:
+    return torch.sin(torch.arange(900.0)).reshape(300, 3)
+
+
+def strangeness(wrapped: noesis.Wrapped) -> np.ndarray:
+    wrapped(torch.tensor([[0.1, 0.2, -0.3], [5.0, -5.0, 5.0]]))
+    return wrapped.surprise().p_value
+
+
+def equal(a: Any, b: Any) -> None:
+    """The same numbers and names, whatever else the objects hold."""
+    for name, value in vars(a).items():
+        if isinstance(value, np.ndarray):
+            np.testing.assert_array_equal(value, getattr(b, name), err_msg=name)
+        elif name != "meta":
+            assert value == getattr(b, name), name
+
+
+def write_all() -> None:
+    """How the files were made."""
+    FILES.mkdir(exist_ok=True)
+    trace = a_trace()
+    for suffix in ("safetensors", "json"):
+        trace.save(FILES / f"trace.{suffix}")
+        trace.soulprint().save(FILES / f"soulprint.{suffix}")
+        a_routes().save(FILES / f"routes.{suffix}")
+    noesis.compare(trace.soulprint(3), trace.soulprint(5)).save(FILES / "comparison.json")
+    some_activations().save(FILES / "activations.safetensors")
+    some_deltas().save(FILES / "token_deltas.json")
+    wrapped = watched()
+    wrapped.calibrate([inputs()], progress=False)
+    wrapped.save_calibration(FILES / "calibration.safetensors")
+    wrapped(inputs()[:4])
+    noesis.RunState(wrapped).save(FILES / "run_state.json")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "json"])
+def test_traces_and_soulprints(suffix: str) -> None:
+    equal(a_trace(), noesis.Trace.load(FILES / f"trace.{suffix}"))
+    equal(a_trace().soulprint(), noesis.Soulprint.load(FILES / f"soulprint.{suffix}"))
+
+
+def test_comparisons() -> None:
+    trace = a_trace()
+    equal(noesis.compare(trace.soulprint(3), trace.soulprint(5)), noesis.Comparison.load(FILES / "comparison.json"))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "json"])
+def test_routes(suffix: str) -> None:
+    found = noesis.Routes.load(FILES / f"routes.{suffix}")
+    for name in ("sums", "experts", "steps", "whole", "coactivation", "layers"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(a_routes(), name))
+
+
+def test_activations_and_token_deltas() -> None:
+    acts, found = some_activations(), noesis.Activations.load(FILES / "activations.safetensors")
+    assert list(found) == list(acts)
+    assert found.unmeasured == acts.unmeasured
+    assert all(
+        torch.equal(x, y) and x.dtype == y.dtype for name in acts for x, y in zip(acts[name], found[name], strict=True)
+    )
+    deltas = noesis.TokenDeltas.load(FILES / "token_deltas.json")
+    np.testing.assert_array_equal(deltas.values, some_deltas().values)
+
+
+def test_calibrations_and_states_of_runs() -> None:
+    wrapped = watched()
+    wrapped.load_calibration(FILES / "calibration.safetensors")
+    p = strangeness(wrapped)
+    assert p[0] > 0.1
+    assert p[1] < 0.05
+    resumed = watched()
+    noesis.RunState(resumed).load(FILES / "run_state.json")
+    np.testing.assert_array_equal(strangeness(resumed), p)
+    assert resumed.trace().totals[0, 0] == 6 * (4 + 2)  # elements of four samples before, and of two now
+
+
+def test_every_kind_has_a_file_of_version_1() -> None:
+    """`codebooks` come inside the state of a run, before calibration."""
+    there = {path.name.partition(".")[0] for path in FILES.iterdir()}
+    assert there | {"codebooks"} == set(VERSIONS)
+
+
+def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert heading("trace") == {"format": "noesis.trace", "format_version": 1}
+    monkeypatch.setitem(VERSIONS, "trace", 3)
+    for version in (1, 2, 3):
+        assert check_header({"format": "noesis.trace", "format_version": version}, "trace", "x")
+    for wrong in (0, 4, True, "1", 1.0, None):
+        with pytest.raises(noesis.NoesisError, match="has format_version .* Expected a version from 1 to 3"):
+            check_header({"format": "noesis.trace", "format_version": wrong}, "trace", "x")
+    assert json.loads(a_trace().to_json())["format_version"] == 3
