@@ -168,6 +168,23 @@ def test_a_run_rewritten_is_the_same(data: Path, tmp_path: Path, single_file: bo
 
 
 @pytest.mark.data
+def test_many_runs_of_one_folder_are_read_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every file for every run."""
+    from noesis.files.v01 import traces
+    from noesis.results import load_runs
+
+    for number in range(4):
+        run = Run(f"r{number}", {}, ["a", "b"], [0, 1, 2], np.full((3, 2, 5), float(number)), np.full((3, 2), 8.0))
+        v01.write_run(run, tmp_path)
+    read: list[Path] = []
+    reader = traces.read_typed
+    monkeypatch.setattr(traces, "read_typed", lambda path, kind: read.append(path) or reader(path, kind))
+    found = load_runs(tmp_path)
+    assert [trace.meta["run"] for trace in found] == ["r0", "r1", "r2", "r3"]
+    assert [trace.layer("b")[0, 1] for trace in found] == [0, 1, 2, 3]
+    assert len(read) == len(set(read)) == 12
+
+
 def test_two_runs_in_one_folder_are_told_apart(data: Path, tmp_path: Path) -> None:
     for name, _ in REAL:
         for path in (data / "noesis_v01" / name).glob("unet_trace_*"):

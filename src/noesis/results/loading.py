@@ -38,7 +38,7 @@ def load_run(path: files.PathLike, run: str | None = None) -> Trace | Soulprint:
     path = Path(path)
     if not path.is_dir():
         return _load_file(path, run)
-    if _one_of(path, TRACES) or v01.runs_in(path):
+    if _one_of(path, TRACES) or v01.trace_files(path):
         return Trace.load(path, run)
     if _one_of(path, SOULPRINTS):
         return Soulprint.load(path)
@@ -78,9 +78,8 @@ def load_runs(folder: files.PathLike) -> list[Trace | Soulprint]:
 
 
 def _runs_of(folder: Path) -> Iterator[Trace | Soulprint]:
-    old = v01.runs_in(folder)
-    parts = {path for paths in old.values() for path in paths}
-    traces: dict[Any, Trace] = {run: Trace._from_v01(v01.read_run(folder, run)) for run in old}
+    parts = set(v01.trace_files(folder))
+    traces: dict[Any, Trace] = {run.run_id: Trace._from_v01(run) for run in v01.read_runs(folder)}
     soulprints: list[Soulprint] = []
     for path in sorted(folder.iterdir()):
         if path in parts or not path.is_file() or not (path.suffix == ".safetensors" or files.is_json(path)):

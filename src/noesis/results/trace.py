@@ -256,7 +256,7 @@ class Trace(Saved):
             for name in ("trace.safetensors", "trace.json", "trace.json.gz"):
                 if (path / name).is_file():
                     return cls.load(path / name)
-            if not v01.runs_in(path):
+            if not v01.trace_files(path):
                 raise MissingFile(
                     f"{path} holds no trace", "trace.safetensors, trace.json or v0.1 files", "Check the path"
                 )

@@ -8,9 +8,9 @@ rows of one name, and the soulprint's `layer_index` keeps only the last of them:
 number of rows is `len(soulprint) / 2`, and calls are told apart here as `name#1`, `name#2`, ...
 """
 
-from .fields import SOULPRINT, TRACE, looks_like
+from .fields import SOULPRINT, TRACE, looks_like, trace_files
 from .soulprints import Print, read_soulprint, write_soulprint
-from .traces import STATS, Run, read_run, runs_in, write_run
+from .traces import STATS, Run, read_run, read_runs, runs_in, write_run
 
 __all__ = [
     "SOULPRINT",
@@ -20,8 +20,10 @@ __all__ = [
     "Run",
     "looks_like",
     "read_run",
+    "read_runs",
     "read_soulprint",
     "runs_in",
+    "trace_files",
     "write_run",
     "write_soulprint",
 ]

@@ -139,11 +139,7 @@ def read_run(path: PathLike, run: str | None = None) -> Run:
         BadValue: several runs and no `run`, or no run of that id.
     """
     path = Path(path)
-    files = trace_files(path) if path.is_dir() else [path]
-    runs: dict[str, list[_Step]] = {}
-    for file in files:
-        run_id, steps = read_steps(file)
-        runs.setdefault(run_id, []).extend(steps)
+    runs = _steps_of(trace_files(path) if path.is_dir() else [path])
     if not runs:
         raise MissingFile(f"{path} holds no v0.1 trace", "files named unet_trace_<run>_step<k>.json[.gz]", ASK_PATH)
     listing = ", ".join(f"{run_id!r} (as in {steps[0].path.name})" for run_id, steps in sorted(runs.items()))
@@ -153,6 +149,17 @@ def read_run(path: PathLike, run: str | None = None) -> Run:
         raise BadValue(f"{path} holds no run {run!r}; it holds {listing}", "a run that is there", "Change run=")
     chosen = next(iter(runs)) if run is None else run
     return _merge(chosen, runs[chosen], path)
+
+
+def read_runs(folder: PathLike) -> list[Run]:
+    """All runs whose traces lie in a folder, by their ids; each file is read once.
+
+    Raises:
+        MissingFile: there is no such folder.
+        BadFile: a file is broken, or two files hold the same step of a run.
+    """
+    folder = Path(folder)
+    return [_merge(run_id, steps, folder) for run_id, steps in sorted(_steps_of(trace_files(folder)).items())]
 
 
 def write_run(
@@ -215,6 +222,14 @@ def write_run(
     flat = [record for rows in records for record in rows]
     name = f"{stem}{suffix}"
     return write_all([(name, json_bytes(name, {**head, "meta": run.meta, "records": flat}))])
+
+
+def _steps_of(files: Iterable[Path]) -> dict[str, list[_Step]]:
+    runs: dict[str, list[_Step]] = {}
+    for file in files:
+        run_id, steps = read_steps(file)
+        runs.setdefault(run_id, []).extend(steps)
+    return runs
 
 
 def read_steps(path: Path) -> tuple[str, list[_Step]]:
