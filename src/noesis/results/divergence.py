@@ -8,6 +8,7 @@ import numpy as np
 
 from ..numerics import Floats, Ints
 from .runs import Recorded
+from .statistics import COUNTS
 
 
 class Divergence(NamedTuple):
@@ -37,7 +38,6 @@ def first_divergence(a: Recorded, b: Recorded, tolerance: float = 1e-5) -> Diver
     names = [name for name in a.layers if name in places]
     at_a, at_b = [at for at, name in enumerate(a.layers) if name in places], [places[name] for name in names]
     stats = [name for name in a.stats if name in b.stats]
-    exact = {"count", "nonfinite", "zeros"}
     common = set(a.steps.tolist()) & set(b.steps.tolist())
     for step in _steps_to_compare(a, b):
         if step not in common:
@@ -54,7 +54,7 @@ def first_divergence(a: Recorded, b: Recorded, tolerance: float = 1e-5) -> Diver
                 if one == other or (np.isnan(one) and np.isnan(other)):
                     continue
                 unit = scale[at] if scale[at] > 0 else max(abs(one), abs(other))
-                if stat in exact or not abs(one - other) <= tolerance * unit:
+                if stat in COUNTS or not abs(one - other) <= tolerance * unit:
                     return Divergence(step, names[at], stat, float(one), float(other))
     return None
 

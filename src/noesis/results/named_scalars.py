@@ -9,13 +9,12 @@ import numpy as np
 
 from ..errors import BadValue, WrongState
 from ..numerics import Floats, no_nan
+from .statistics import COUNTS
 from .surprise import Surprise
 from .trace import Trace
 
 #: What is said of a layer's output unless asked otherwise.
 STATS = ("mean", "std", "abs_mean", "nonfinite")
-#: Numbers of elements: over layers they are added up.
-COUNTS = ("count", "nonfinite", "zeros")
 
 
 class Used(Protocol):

@@ -1,32 +1,73 @@
-"""The statistics of a trace, and how they follow from the fields of a row."""
+"""The statistics of a trace: one table of them, and how they follow from the fields of a row."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from ..kernels import layout, rows
 from ..numerics import Floats
 
-ALWAYS = ("count", "mean", "std", "abs_mean", "min", "max", "nonfinite")
-OPTIONAL = ("zeros", "rms")
+
+class Statistic(NamedTuple):
+    """One statistic of a layer's output.
+
+    Attributes:
+        name: as in `trace.stats`.
+        of: from rows [..., FIELDS] to it.
+        field: of the row, that it gives back; None where it follows from others.
+        counts: whether it is a number of elements: exact, 0 where a layer did not run, added up over layers.
+        optional: whether it has to be asked for.
+    """
+
+    name: str
+    of: Callable[[Floats], Floats]
+    field: int | None
+    counts: bool = False
+    optional: bool = False
+
+
+def _of_field(name: str, *, counts: bool = False, optional: bool = False) -> Statistic:
+    field = layout.FIELDS.index(name)
+    return Statistic(name, lambda row: row[..., field], field, counts, optional)
+
+
+def _std(row: Floats) -> Floats:
+    unbiased: Floats = rows.sample_std(row[..., layout.STD], row[..., layout.COUNT])
+    return unbiased
+
+
+def _rms(row: Floats) -> Floats:
+    return np.hypot(row[..., layout.MEAN], row[..., layout.STD])
+
+
+#: In the order of a trace's last axis.
+TABLE = (
+    _of_field("count", counts=True),
+    _of_field("mean"),
+    Statistic("std", _std, layout.STD),
+    _of_field("abs_mean"),
+    _of_field("min"),
+    _of_field("max"),
+    _of_field("nonfinite", counts=True),
+    _of_field("zeros", counts=True, optional=True),
+    Statistic("rms", _rms, None, optional=True),
+)
+ALWAYS = tuple(each.name for each in TABLE if not each.optional)
+OPTIONAL = tuple(each.name for each in TABLE if each.optional)
+COUNTS = tuple(each.name for each in TABLE if each.counts)
+_BY_NAME = {each.name: each for each in TABLE}
 
 
 def stats_of(unpacked: Floats, stats: tuple[str, ...]) -> Floats:
-    """Statistics [..., stats] from rows [..., FIELDS]."""
-    count = unpacked[..., layout.COUNT]
-    measured = count > 0
-    columns = []
-    for name in stats:
-        if name in ("count", "nonfinite", "zeros"):
-            columns.append(unpacked[..., layout.FIELDS.index(name)])
-            continue
-        if name == "std":
-            value = rows.sample_std(unpacked[..., layout.STD], count)
-        elif name == "rms":
-            value = np.hypot(unpacked[..., layout.MEAN], unpacked[..., layout.STD])
-        else:
-            value = unpacked[..., layout.FIELDS.index(name)]
-        columns.append(np.where(measured, value, np.nan))
+    """Statistics [..., stats] from rows [..., FIELDS]; NaN where there was no element, but for counts."""
+    measured = unpacked[..., layout.COUNT] > 0
+    columns = [
+        known.of(unpacked) if known.counts else np.where(measured, known.of(unpacked), np.nan)
+        for known in (_BY_NAME[name] for name in stats)
+    ]
     return np.stack(columns, axis=-1)
 
 
@@ -34,10 +75,13 @@ def fields_of(values: Floats, stats: tuple[str, ...]) -> Floats:
     """Rows [..., FIELDS] from statistics [..., stats]; what is not in the statistics, or did not run, is 0."""
     unpacked = np.zeros((*values.shape[:-1], len(layout.FIELDS)))
     count = np.nan_to_num(values[..., stats.index("count")])
-    for name in stats:
-        if name in layout.FIELDS:  # of a layer without one finite number, that is counted and nothing else is known
-            known = ~np.isnan(values[..., stats.index(name)]) if name in ("count", "nonfinite", "zeros") else count > 0
-            unpacked[..., layout.FIELDS.index(name)] = np.where(known, values[..., stats.index(name)], 0.0)
+    for place, name in enumerate(stats):
+        known = _BY_NAME.get(name)
+        if known is None or known.field is None:  # of another noesis, or one that follows from fields
+            continue
+        # Of a layer without one finite number, that is counted and nothing else is known.
+        there = ~np.isnan(values[..., place]) if known.counts else count > 0
+        unpacked[..., known.field] = np.where(there, values[..., place], 0.0)
     with np.errstate(invalid="ignore"):
         shrink = np.sqrt(np.where(count > 1, count - 1, 0) / np.where(count > 0, count, 1))
     unpacked[..., layout.STD] *= shrink
