@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from noesis.errors import NoesisError
-from noesis.files import bounded_json as bounded
+from noesis.files import bounded_json
 from noesis.files.bounded_json import parsed
 
 STRINGS = ["", "a", "b", "numbers", "\\", '"', "\u0100", "\U0001f980", "x" * 70, "\n", "[1,2", '{"a":', '\\\\"', ","]
@@ -62,7 +62,7 @@ def same(one: Any, other: Any) -> bool:
 @pytest.mark.parametrize("window", [1, 3, 9, 40, 1 << 13])
 def test_json_is_read_as_ever(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever fits a window, and broken JSON is refused."""
-    monkeypatch.setattr(bounded, "_WINDOW", window)
+    monkeypatch.setattr(bounded_json, "_WINDOW", window)
     chance, read = random.Random(window), 0
     for case in range(2000):
         text = damaged(chance, written(chance, some(chance, 4)))
@@ -79,7 +79,7 @@ def test_json_is_read_as_ever(window: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("piece", [40, 60, 100, 1 << 16])
 def test_arrays_are_those_of_numpy(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded, "_PIECE", piece)
+    monkeypatch.setattr(bounded_json, "_PIECE", piece)
     chance, read = random.Random(piece), 0
     for case in range(2000):
         shape = tuple(chance.choice([0, 1, 2, 3, 9]) for _ in range(chance.randrange(1, 4)))
@@ -127,7 +127,7 @@ def test_what_is_nested_too_deep(text: str) -> None:
 
 
 def test_what_would_take_too_much_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded, "LEAST_BOUND", 0)
+    monkeypatch.setattr(bounded_json, "LEAST_BOUND", 0)
     text = "[" + "[]," * 100_000 + "[]]"
     with pytest.raises(NoesisError, match=f"x would take more than {4 * len(text)} bytes of memory for {len(text)} of"):
         parsed(text, len(text), "x")

@@ -23,7 +23,7 @@ from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as pack_safetensors
 
 from ..errors import BadFile, BadValue, NoesisError
-from . import bounded_json as bounded
+from . import bounded_json
 from .atomic import PathLike, read_bytes, write_bytes
 from .versions import check_header, heading
 
@@ -90,9 +90,9 @@ def read_header(data: bytes, path: PathLike) -> Any:
     """What noesis wrote into the metadata of a safetensors file, from the file's bytes."""
     length = struct.unpack("<Q", data[:8])[0]
     text = data[8 : 8 + length].decode()
-    inner = bounded.parsed(text, len(data), path, held=len(data)).get("__metadata__", {}).get("noesis", "null")
+    inner = bounded_json.parsed(text, len(data), path, held=len(data)).get("__metadata__", {}).get("noesis", "null")
     del text
-    return bounded.parsed(inner, len(data), path, held=len(data))
+    return bounded_json.parsed(inner, len(data), path, held=len(data))
 
 
 def dump_json(value: Any, indent: int | None = None) -> str:
@@ -155,15 +155,15 @@ def read_json(path: PathLike, *, numbers: Collection[str] = (), whole: bool = Fa
     data: bytes | bytearray = read_bytes(path)
     try:
         if data[:2] == b"\x1f\x8b":
-            data = bounded.unpacked(data, path)
+            data = bounded_json.unpacked(data, path)
         size = len(data)
-        bounded.check_size(data, path)
+        bounded_json.check_size(data, path)
         text = str(data, json.detect_encoding(data), "surrogatepass")
         del data  # before there is as much again, and more
-        value = bounded.parsed(text, size, path, numbers=numbers, whole=whole)
+        value = bounded_json.parsed(text, size, path, numbers=numbers, whole=whole)
     except BadFile:
         raise
-    except bounded.NoArrayError as error:
+    except bounded_json.NoArrayError as error:
         raise BadFile(
             f"{path} holds something else where arrays belong ({error})", "lists of numbers", "Write it again"
         ) from error

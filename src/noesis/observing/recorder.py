@@ -329,7 +329,7 @@ class Recorder:
             self.branches.append(branch)
         self.branch = branch
 
-    def counted(self) -> tuple[int, int]:
+    def forward_counts(self) -> tuple[int, int]:
         """Forwards that have begun in this run, and how many of them were observed; waits for the device."""
         with undisturbed():
             _, control = self.banks[0].state()

@@ -39,8 +39,8 @@ class Site:
         self.places: list[Tensor] = []  # see `Recorder.places`; empty without an index
         self.name = ""
         self.gradients: GradientRecorder | None = None
-        self.stream: int | None = None
-        self.pick: Callable[[Any], Any] | None = None
+        self.stream: int | None = None  # which element of the output is the hidden state, where its library says so
+        self.pick: Callable[[Any], Any] | None = None  # what `wrap(..., output=)` said
         self.router: Router | None = None
         self.looks = False  # whether the output is of interest
         self.channel: Channel | None = None  # that keeps the layer's vectors for `surprise`
@@ -88,6 +88,10 @@ class Site:
             with undisturbed():
                 self.recorder.end()
 
+    def hidden(self, output: Any) -> Any:
+        """What is to be measured of an output."""
+        return hidden_state(output, self.stream) if self.pick is None else self.pick(output)
+
     def observe(self, output: Any) -> None:
         """Look at what the module returned."""
         try:
@@ -105,7 +109,7 @@ class Site:
         if self.router is not None and not off_record:
             self.route(output, self.router)
         if self.places:
-            x: Any = hidden_state(output, self.stream) if self.pick is None else self.pick(output)
+            x = self.hidden(output)
             reason, whole = unmeasurable(x), x
             if reason is not None:
                 x, reason = part_of(whole, reason)
@@ -161,7 +165,7 @@ class Site:
             return
         try:
             mark = self.gradients.mark_of_recomputed()
-            x: Any = hidden_state(output, self.stream) if self.pick is None else self.pick(output)
+            x = self.hidden(output)
             reason = unmeasurable(x)
             if reason is not None:
                 with undisturbed():
@@ -198,7 +202,7 @@ class Site:
         if self.router is not None:
             self.route(output, self.router)
         if self.places:
-            x: Any = hidden_state(output, self.stream) if self.pick is None else self.pick(output)
+            x = self.hidden(output)
             whole = x
             if is_dtensor(x):
                 x = part_emitted(x)

@@ -172,7 +172,7 @@ class Alarms:
         self._lifeless = np.zeros(layers, np.int64)  # steps in a row
         self._since = np.zeros(layers, np.int64)  # the first of them
         trace = self._wrapped._recorder.trace()  # without what came before the run was resumed, as in `_look`
-        forwards, observed = self._wrapped._recorder.counted()
+        forwards, observed = self._wrapped._recorder.forward_counts()
         self._run: str = trace.meta["run"]
         self._next: int = forwards  # the number of the next forward to look at
         self._seen: int = observed  # observed forwards up to there
@@ -199,7 +199,7 @@ class Alarms:
 
     def _look(self, at: int | None) -> Iterator[Alarm]:
         recorder = self._wrapped._recorder
-        forwards, observed = recorder.counted()
+        forwards, observed = recorder.forward_counts()
         if recorder.meta["run"] != self._run or forwards < self._next:  # counted from 0 again; baselines stay
             self._run, self._next, self._seen = recorder.meta["run"], 0, 0
             self._counted = np.zeros(len(self._bad))

@@ -161,7 +161,7 @@ class Wrapped(WithCodebooks, nn.Module):
         Raises:
             NoesisError: while paused, or when `every` leaves this forward out.
         """
-        forwards, _ = self._recorder.counted()
+        forwards, _ = self._recorder.forward_counts()
         output = self.model(*args, **kwargs)
         latest = self._recorder.trace(since=forwards)
         if not len(latest):
