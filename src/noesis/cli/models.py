@@ -230,6 +230,3 @@ def _loading(model: str, what: str) -> Iterator[None]:
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:297]}..."
-
-
-# ---------------------------------------------------------------- runs

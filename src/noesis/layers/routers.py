@@ -1,4 +1,10 @@
-"""Routers of Mixture-of-Experts models, and how to read what they choose."""
+"""Routers of Mixture-of-Experts models, and how to read what they choose.
+
+What a router chose is read from the router itself. Its logits lie where transformers declares them
+(`_can_record_outputs["router_logits"]`), its choice is the integer tensor [tokens, k] beside them. Of
+a router that returns logits alone the k largest are taken, with k from the router or from the
+model's config (`num_experts_per_tok`): right unless the layer adds a bias or limits the choice later.
+"""
 
 from __future__ import annotations
 

@@ -101,9 +101,6 @@ def predicate(model: nn.Module, item: Any) -> Predicate:
     )
 
 
-# ---------------------------------------------------------------- kinds of layers
-
-
 # ---------------------------------------------------------------- presets
 
 
@@ -156,9 +153,6 @@ PRESETS: dict[str, Callable[[nn.Module], Predicate]] = {
     "all_linear": _of_kind(is_linear),
     "first_linear": _first_linear,
 }
-
-
-# ---------------------------------------------------------------- blocks
 
 
 # ---------------------------------------------------------------- names

@@ -115,7 +115,7 @@ def _described(value: Any) -> Any:
     return described
 
 
-def _gathered(metas: list[dict[str, Any]]) -> dict[str, Any]:
+def gathered(metas: list[dict[str, Any]]) -> dict[str, Any]:
     """One meta for several calls: what they share, and where they differ a list of each one's value."""
     gathered: dict[str, Any] = {}
     for name in dict.fromkeys(name for meta in metas for name in meta):

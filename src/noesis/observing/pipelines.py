@@ -19,7 +19,7 @@ from torch import nn
 from ..errors import BadValue
 from ..internals import rebind
 from ..layers import denoisers_of
-from .pipeline_meta import _gathered, call_meta, guidance_branch
+from .pipeline_meta import call_meta, gathered, guidance_branch
 from .recorder import Recorder
 
 
@@ -179,7 +179,7 @@ class Calls:
         if self.given is not recorder.given:  # another run than at the last call
             self.given, self.metas = recorder.given, []
         self.metas.append(call_meta(pipe, given))
-        found = {**_gathered(self.metas), "pipeline_calls": len(self.metas)}
+        found = {**gathered(self.metas), "pipeline_calls": len(self.metas)}
         recorder.meta = {**recorder.meta, **found, **recorder.given}
         recorder.branch_of = functools.partial(guidance_branch, pipe, given)
         try:
@@ -200,9 +200,3 @@ def _arguments(call: Callable[..., Any], pipe: Any, args: tuple[Any, ...], kwarg
         else:
             named[name] = bound.arguments[name]
     return named
-
-
-# ---------------------------------------------------------------- guidance
-
-
-# ---------------------------------------------------------------- meta

@@ -1,10 +1,4 @@
-"""Mixture-of-Experts routing: which experts the tokens of a run were sent to.
-
-What a router chose is read from the router itself. Its logits lie where transformers declares them
-(`_can_record_outputs["router_logits"]`), its choice is the integer tensor [tokens, k] beside them. Of
-a router that returns logits alone the k largest are taken, with k from the router or from the
-model's config (`num_experts_per_tok`): right unless the layer adds a bias or limits the choice later.
-"""
+"""Mixture-of-Experts routing: which experts the tokens of a run were sent to."""
 
 from __future__ import annotations
 
@@ -30,9 +24,6 @@ KIND = "routes"
 ARRAYS = ("sums", "experts", "steps", "whole", "coactivation")
 #: Experts named in a line of `repr`.
 SHOWN = 3
-
-
-# ---------------------------------------------------------------- reading a router's output
 
 
 # ---------------------------------------------------------------- what was counted

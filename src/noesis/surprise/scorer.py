@@ -235,17 +235,15 @@ class Scorer:
             )
 
     def loss(self, kept: dict[str, Kept], live: Mapping[str, list[Tensor]]) -> Tensor:
-        """The mean code length per dimension over layers and samples of a forward.
+        """The mean code length per dimension over layers and samples of a forward; there have to be codes.
 
         Args:
             kept: what the forward left.
             live: with `detach=False`, the same with gradients, of each layer's calls.
 
         Raises:
-            NoesisError: for codebooks that do not learn, or a forward that left nothing to learn from.
+            NoesisError: when the forward left nothing to learn from.
         """
-        self.check_learning()
-        self.ensure_codes(kept)
         if self.calibration is not None:
             logger.info("the codes go on learning, so the calibration is forgotten")
             self.calibration = None

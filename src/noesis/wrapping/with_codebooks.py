@@ -182,7 +182,9 @@ at 0.0099; 2 layers and the logits)
         """
         scorer, channels = self._scorer(), self._channels()
         scorer.check_learning()
-        return scorer.loss(channels.kept(self._forwards()), channels.take_live())
+        kept = channels.kept(self._forwards())
+        scorer.ensure_codes(kept)  # before anything is taken, since it may refuse
+        return scorer.loss(kept, channels.take_live())
 
     def codebook_parameters(self) -> list[nn.Parameter]:
         """Codes and projections for an optimiser; no part of the model's own parameters."""

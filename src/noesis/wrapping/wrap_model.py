@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from ..observing import Channels, GradientRecorder, Recorder, observe, site_of
 from ..results import ALWAYS, OPTIONAL
 from ..surprise import Codebook, Scorer
 from .with_codebooks import check_codebook, logits_module
-from .wrapped import Wrapped, _check_numbers, _delegate, _few
+from .wrapped import Wrapped, check_numbers, few
 
 if TYPE_CHECKING:
     pass
@@ -87,7 +86,7 @@ def wrap(
     if not isinstance(gradients, bool):
         raise BadType(f"gradients={gradients!r}", "True or False", "Leave gradients out for none")
     samples = FIRST_SAMPLES if per_sample is True else per_sample
-    _check_numbers(every=every, capacity=capacity, per_sample=1 if samples is False else samples)
+    check_numbers(every=every, capacity=capacity, per_sample=1 if samples is False else samples)
     called, root, roots, pipeline = resolve(model)
     chosen = select(root, layers)
     settings: dict[str, Any] = {
@@ -108,7 +107,7 @@ def wrap(
         ours = all(site is not None and site.root and site.recorder is already for site in at_roots)
         if len(found) > 1 or not ours or already.settings != settings:
             raise WrongState(
-                f"{type(root).__name__} is wrapped already, with other settings (layers {_few(already.names)})",
+                f"{type(root).__name__} is wrapped already, with other settings (layers {few(already.names)})",
                 "a model that is not wrapped, or the same settings",
                 "Call unwrap() on the container first",
             )
@@ -131,12 +130,6 @@ def wrap(
     wrapped = Wrapped(called, root, recorder, pipeline)
     logger.debug("observing {} layers of {}", len(chosen), type(root).__name__)
     return wrapped
-
-
-# nn.Module's own methods would act on the container; all of them are the model's.
-for _name, _value in vars(nn.Module).items():
-    if inspect.isfunction(_value) and not _name.startswith("__") and _name not in vars(Wrapped):
-        setattr(Wrapped, _name, _delegate(_name))
 
 
 # ---------------------------------------------------------------- checks

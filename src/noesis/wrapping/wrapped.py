@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
@@ -70,7 +71,7 @@ class Wrapped(WithCodebooks, nn.Module):
 
     @every.setter
     def every(self, every: int) -> None:
-        _check_numbers(every=every)
+        check_numbers(every=every)
         self._recorder.set_every(every)
 
     def trace(self, *, group: ProcessGroup | None = None, timeout: float = 60.0) -> Trace:
@@ -329,7 +330,7 @@ class Wrapped(WithCodebooks, nn.Module):
     def __repr__(self) -> str:
         observed, total = len(self._recorder.names), sum(1 for _ in self._root.modules())
         name = type(self._root).__name__
-        return f"Wrapped({name}: {observed} of {total} modules observed, {_few(self._recorder.names)})"
+        return f"Wrapped({name}: {observed} of {total} modules observed, {few(self._recorder.names)})"
 
 
 def _empty() -> Wrapped:
@@ -345,7 +346,14 @@ def _delegate(name: str) -> Callable[..., Any]:
     return method
 
 
-def _check_numbers(**numbers: Any) -> None:
+# nn.Module's own methods would act on the container; all of them are the model's.
+for _name, _value in vars(nn.Module).items():
+    if inspect.isfunction(_value) and not _name.startswith("__") and _name not in vars(Wrapped):
+        setattr(Wrapped, _name, _delegate(_name))
+
+
+def check_numbers(**numbers: Any) -> None:
+    """Refuse what is no number from 1, by the name of its argument."""
     for name, value in numbers.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 31:
             raise BadValue(
@@ -353,5 +361,6 @@ def _check_numbers(**numbers: Any) -> None:
             )
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
+    """Names on one line: the first and the last of many."""
     return ", ".join(names if len(names) <= 4 else [*names[:2], "...", names[-1]])

@@ -50,7 +50,7 @@ def directions(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def code_reference(vectors: Tensor, book: Book) -> Coded:
-    """The same in plain torch ops, which autograd can follow into the vectors and the book."""
+    """The code lengths of vectors [N, D] in plain torch ops, which autograd can follow into both."""
     finite = vectors.isfinite().all(1)
     unit, log_length = directions(torch.where(finite[:, None], vectors.to(book.centre.dtype), 1.0))
     centred = unit - book.centre

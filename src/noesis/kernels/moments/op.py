@@ -31,7 +31,7 @@ def observe_cpu(
     slab: NDArray[np.float32],
     control: NDArray[np.int64],
 ) -> None:
-    """The same on the CPU, whose numbers can be read at once."""
+    """Merge the moments of `x` into its layer's row, on the CPU, whose numbers can be read at once."""
     if not control[ACTIVE]:
         return
     check_room(samples, slab.shape[1] - 1)

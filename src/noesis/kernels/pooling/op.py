@@ -28,7 +28,7 @@ def pool_anywhere(
     stamp: Tensor,
     control: Tensor,
 ) -> None:
-    """The same by the Triton kernel, where there is one for this device, dtype and mask."""
+    """Keep the vectors of an output: by the Triton kernel, where there is one for this device, dtype and mask."""
     if mask is None and has_triton(x.device):
         from ._triton import pool_triton, suits
 
@@ -49,7 +49,7 @@ def pool_cpu(
     stamp: Tensor,
     control: Tensor,
 ) -> None:
-    """The same on the CPU, where the flags can be read; in one read of the output, if Numba is installed."""
+    """Keep the vectors of an output on the CPU, which can look at the flags; in one read of it, if Numba is there."""
     flags = control.tolist()
     seen, before, _ = stamp.tolist()
     if not flags[ACTIVE]:

@@ -100,7 +100,7 @@ def begin_cpu(
     steps: NDArray[np.float64],
     control: NDArray[np.int64],
 ) -> None:
-    """The same on the CPU."""
+    """Start a step on the CPU, whose numbers can be read at once."""
     capacity = len(steps)
     forwards, observed, every, enabled, _, slot, sequence, folded, fold = control.tolist()
     if not enabled:
