@@ -11,7 +11,7 @@ from .callbacks import Callback
 
 
 class NoesisCallback(Callback):
-    """A callback for Lightning's Trainer (`lightning` or `pytorch_lightning`), to be given in a list.
+    """A callback for the Trainer of Lightning 2.6 and later (`lightning` or `pytorch_lightning`), given in a list.
 
     It logs what layers do, looks for alarms, and puts the totals of the run into checkpoints. Wrap what `training_step`
     calls, `noesis.wrap(module.net)` say: Lightning does not call the module itself. Forwards of validation during
