@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+from helpers.checkout import ROOT
 
 # Triton decides when a kernel is defined whether it will be compiled or interpreted.
 if not torch.cuda.is_available():

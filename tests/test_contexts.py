@@ -275,13 +275,13 @@ def test_torch_func() -> None:
 
 def llama() -> Any:
     pytest.importorskip("transformers")
-    from language_models import build
+    from helpers.language_models import build
 
     return build("llama")
 
 
 def tokens() -> Tensor:
-    from language_models import prompts
+    from helpers.language_models import prompts
 
     return prompts()
 
@@ -411,7 +411,7 @@ def test_offloading_by_accelerate(way: str, wrap_first: bool, tmp_path: Path) ->
 @pytest.mark.parametrize("level", ["block_level", "leaf_level"])
 def test_group_offloading(level: str, wrap_first: bool) -> None:
     pytest.importorskip("diffusers")
-    from pipelines import build, call
+    from helpers.pipelines import build, call
 
     def run(pipe: Any) -> list[Tensor]:
         return [torch.from_numpy(call("sd15", pipe, steps=2))]
@@ -450,7 +450,7 @@ def test_group_offloading(level: str, wrap_first: bool) -> None:
 
 def test_a_block_cache_switched_on_before_wrapping() -> None:
     diffusers = pytest.importorskip("diffusers")
-    from pipelines import build, call
+    from helpers.pipelines import build, call
 
     def cached() -> Any:
         pipe = build("flux")
@@ -473,7 +473,7 @@ def test_a_block_cache_switched_on_before_wrapping() -> None:
 @pytest.mark.parametrize("wrap_first", [False, True], ids=["fused, then wrapped", "wrapped, then fused"])
 def test_fused_projections(wrap_first: bool) -> None:
     pytest.importorskip("diffusers")
-    from pipelines import build, call
+    from helpers.pipelines import build, call
 
     bare, pipe = build("sd15"), build("sd15")
     bare.unet.fuse_qkv_projections()
@@ -663,7 +663,7 @@ def test_pickling_for_another_process_leaves_the_memory_where_it_is() -> None:
 
 def test_pickling_for_another_process_leaves_what_routers_chose_where_it_is() -> None:
     pytest.importorskip("transformers")
-    from language_models import build
+    from helpers.language_models import build
 
     wrapped = noesis.wrap(build("mixtral"), layers="routers")
     wrapped(tokens())
@@ -708,7 +708,7 @@ def test_classes_swapped_by_fsdp2(wrap_first: bool, tmp_path: Path) -> None:
 
 def test_tied_weights(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    from language_models import build
+    from helpers.language_models import build
 
     def tied() -> Any:
         return build("llama", tie_word_embeddings=True)

@@ -19,8 +19,7 @@ import torch._inductor.config
 from torch import Tensor, nn
 
 import noesis
-
-ROOT = Path(__file__).parents[1]
+from helpers.checkout import ROOT
 
 
 def small() -> nn.Module:
@@ -363,7 +362,7 @@ def _fresh_dynamo() -> Any:
 @pytest.mark.usefixtures("_fresh_dynamo")
 def test_compiled_code_does_not_know_the_guidance_branch() -> None:
     pytest.importorskip("diffusers")
-    from pipelines import build, call
+    from helpers.pipelines import build, call
 
     branches = []
     for compiled in (False, True):
@@ -511,12 +510,12 @@ def test_every_row_names_its_test_and_every_test_its_row() -> None:
         if test.startswith("not tested: "):
             assert len(test) > len("not tested: "), first
             continue
-        found = re.fullmatch(r"`(?:tests/((?:zoo/)?test_\w+\.py)::)?(test_\w+)`", test)
+        found = re.fullmatch(r"`(?:tests/((?:\w+/)?test_\w+\.py)::)?(test_\w+)`", test)
         assert found, f"{first}: {test}"
         named[found[1] or file, found[2]] += 1
     for file, name in named:
-        assert name in names_of_tests(Path(__file__).parent / file), f"{file} has no {name}"
+        assert name in names_of_tests(ROOT / "tests" / file), f"{file} has no {name}"
     for file in TABLES.values():
-        here = names_of_tests(Path(__file__).parent / file) - {"test_every_row_names_its_test_and_every_test_its_row"}
+        here = names_of_tests(ROOT / "tests" / file) - {"test_every_row_names_its_test_and_every_test_its_row"}
         rows = Counter({name: count for (where, name), count in named.items() if where == file})
         assert rows == Counter(dict.fromkeys(here, 1)), file

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import noesis
+from helpers.checkout import ROOT
 from noesis._version import __version__
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "noesis"
 
 PUBLIC = [

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).parents[1] / "benchmarks"
-RESULTS = sorted((SCRIPTS / "results").glob("soak-*.json"))
+from helpers.checkout import BENCHMARKS
+
+RESULTS = sorted((BENCHMARKS / "results").glob("soak-*.json"))
 
 
 @pytest.fixture
 def soak(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module("soak")
 
 

@@ -15,7 +15,7 @@ STEPS = torch.tensor([10, 500])
 
 def of_pipeline(name: str) -> nn.Module:
     """The denoiser of a small pipeline."""
-    import pipelines
+    from helpers import pipelines
 
     pipe = pipelines.build(name)
     denoiser: nn.Module = pipe.unet if hasattr(pipe, "unet") else pipe.transformer

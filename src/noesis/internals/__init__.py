@@ -2,7 +2,7 @@
 
 A name is looked up once, when this package loads. One that is missing, or is not what noesis knows, is said in the log,
 and what stands in its place is public and slower, never an exception in a forward and never a row lost in silence.
-What has to hold for a name is checked where it is looked up; `tests/test_internals.py` takes each away in turn.
+What has to hold for a name is checked where it is looked up; `tests/internals` takes each away in turn.
 """
 
 from .autograd import node_count, node_number, picklable_hook, recomputing

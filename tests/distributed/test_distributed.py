@@ -1,4 +1,4 @@
-"""Merging over ranks: the algebra in this process, and what ranks under torchrun got (`tests/distributed`)."""
+"""Merging over ranks: the algebra in this process, and what ranks under torchrun got."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from noesis.files import load_tensors
 from noesis.kernels import layout, rows
 from noesis.results import ALWAYS, fields_of, stats_of
 
-SCRIPTS = Path(__file__).parent / "distributed"
+SCRIPTS = Path(__file__).parent
 
 
 def script(name: str) -> ModuleType:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
-from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+from helpers.checkout import BENCHMARKS
 
 
 @pytest.fixture
 def scaling(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module("scaling")
 
 

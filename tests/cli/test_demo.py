@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import re
 import shlex
@@ -20,11 +19,10 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from helpers.checkout import load_example
 from noesis import Observed, Soulprint, Trace, compare
 from noesis.cli import demo
 from noesis.errors import BadValue, MissingExtra
-
-ROOT = Path(__file__).parents[1]
 
 
 @dataclass
@@ -250,12 +248,7 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def training_loop() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("training_loop", ROOT / "examples" / "training_loop.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("training_loop")
 
 
 def test_the_training_loop_trains(training_loop: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

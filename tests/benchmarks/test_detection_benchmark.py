@@ -8,7 +8,6 @@ import importlib
 import json
 import math
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +16,7 @@ import torch
 from torch import nn
 
 import noesis
-
-SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+from helpers.checkout import BENCHMARKS
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +29,7 @@ def _threads():
 
 @pytest.fixture
 def detection(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     parts = ("baselines", "metrics", "nervecode_baseline", "sets", "blind_sets", "classifiers", "detector", "variants")
     parts = (*parts, "speed")
     return types.SimpleNamespace(**{part: importlib.import_module(f"detection.{part}") for part in parts})
@@ -631,13 +629,13 @@ def test_the_summary_is_of_means(ood):
 
 
 def test_the_blind_figures_are_of_both_sets_and_all_methods(ood):
-    found = json.loads((SCRIPTS / "results" / "ood-blind-cpu.json").read_text())
+    found = json.loads((BENCHMARKS / "results" / "ood-blind-cpu.json").read_text())
     cases = found["cases"]
     assert found["script"] == "ood-blind"  # no part of the four sets' tables
     assert [(case["set"], case["seed"]) for case in cases] == [(number, seed) for number in (5, 6) for seed in range(3)]
     assert all({*NAMES, "nervecode", "nervecode recommended", "noesis"} <= set(case["figures"]) for case in cases)
     assert json.loads(json.dumps(ood.summary(cases))) == found["summary"]
-    notes = (SCRIPTS / "NOTES.md").read_text(encoding="utf-8")
+    notes = (BENCHMARKS / "NOTES.md").read_text(encoding="utf-8")
     for name in ("mnist", "passages"):
         outs = found["summary"]["sets"][name]["noesis"]["outs"]
         assert " | ".join(f"{told['auroc']:.1f} / {told['fpr95']:.1f}" for told in outs.values()) in notes

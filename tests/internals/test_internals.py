@@ -17,11 +17,11 @@ from internals_case import names
 from torch import Tensor, nn
 
 import noesis
+from helpers.checkout import ROOT
 from noesis.internals import compiling, cuda, libraries, lookup, stays
 from noesis.kernels.launching import Kernel
 from noesis.observing.evidence import Evidence
 
-ROOT = Path(__file__).parents[1]
 LIBRARIES = {"torch", "triton", "numba", "transformers", "diffusers", "accelerate", "peft", "lightning"}
 
 # ---------------------------------------------------------------- taken away
@@ -32,7 +32,7 @@ LIBRARIES = {"torch", "triton", "numba", "transformers", "diffusers", "accelerat
 def test_what_every_name_does_when_it_is_gone_or_another(kind: str) -> None:
     """Bitwise outputs and right rows, or layers reported by name; never an exception in a forward."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    script = ROOT / "tests" / "internals_case.py"
+    script = Path(__file__).with_name("internals_case.py")
     done = subprocess.run([sys.executable, script, kind], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]  # gloo prints too

@@ -1,6 +1,6 @@
 """Files of every kind as version 1 wrote them; whatever is written later, these are read as what they are.
 
-They lie in `files_v1`, and are never written again: a new version of a kind gets a folder and a test of its own.
+They lie in `v1`, and are never written again: a new version of a kind gets a folder and a test of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import noesis
 from noesis.files import heading
 from noesis.files.versions import VERSIONS, check_header
 
-FILES = Path(__file__).parent / "files_v1"
+FILES = Path(__file__).parent / "v1"
 STATS = ("count", "mean", "std", "abs_mean", "min", "max", "nonfinite", "zeros", "rms")
 
 

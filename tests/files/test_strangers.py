@@ -1,6 +1,6 @@
 """Files from strangers: whatever is in them, a reader gives a sound object or an error of noesis, and nothing else.
 
-More cases than by default: NOESIS_FUZZ_CASES=100000 pytest tests/test_strangers.py
+More cases than by default: NOESIS_FUZZ_CASES=100000 pytest tests/files/test_strangers.py
 """
 
 from __future__ import annotations

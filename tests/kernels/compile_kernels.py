@@ -1,6 +1,6 @@
 """Compile the Triton kernels for a CUDA architecture, without a GPU, and report what they use as JSON.
 
-    python tests/compile_kernels.py 90
+    python tests/kernels/compile_kernels.py 90
 
 A script of its own: the tests run the kernels in Triton's interpreter, which has to be chosen per process.
 """

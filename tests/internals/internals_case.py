@@ -1,6 +1,6 @@
 """What noesis does on a torch that lacks a name, or has another thing under it: run in a process of its own per name.
 
-    python tests/internals_case.py missing
+    python tests/internals/internals_case.py missing
 
 Prints a JSON object per case: the names that were taken away, and what went wrong.
 """
@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-INTERNALS = Path(__file__).parents[1] / "src" / "noesis" / "internals"
+INTERNALS = Path(__file__).parents[2] / "src" / "noesis" / "internals"
 #: What is put in the place of names, of several things in turn.
 PLACES: dict[str, list[Any]] = {"missing": [None], "other": [7, lambda *args, **kwargs: "something else"]}
 #: Processes at a time.

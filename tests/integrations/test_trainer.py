@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from language_models import build, prompts
 from torch import nn
 
 import noesis
+from helpers.language_models import build, prompts
 from noesis.errors import BadType, BadValue
 from noesis.integrations.trainer import NoesisCallback
 

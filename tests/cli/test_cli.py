@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -22,16 +21,16 @@ import PIL.Image
 import pytest
 import torch
 import transformers
-from language_models import build as build_language_model
-from pipelines import PROMPT, build
 
 import noesis
+from helpers.checkout import ROOT, load_example
+from helpers.language_models import build as build_language_model
+from helpers.pipelines import PROMPT, build
 from noesis.cli import command_line as cli
 from noesis.cli import models
 from noesis.cli import prompts as language_models
 from noesis.results import loading
 
-ROOT = Path(__file__).parents[1]
 ONCE = "Once upon a time, there was a little girl"
 
 
@@ -859,12 +858,7 @@ def test_an_id_in_the_cache(llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.data
 def test_the_example(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spec = importlib.util.spec_from_file_location("llm", ROOT / "examples" / "llm.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.main([str(llama), "Tom was happy.", "Tom was sad.", "--new-tokens", "3"])
+    load_example("llm").main([str(llama), "Tom was happy.", "Tom was sad.", "--new-tokens", "3"])
     out = capsys.readouterr().out
     assert out.count("Trace of 3 steps x 5 layers x 7 stats") == 2
     assert "tokens only in a: '▁happy' at" in out

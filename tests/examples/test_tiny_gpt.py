@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+
+from helpers.checkout import load_example
 
 pytestmark = [pytest.mark.data, pytest.mark.slow]
 STEPS = 200
@@ -17,13 +18,7 @@ OUT = [f"blocks.{block}.{name}" for block in range(3) for name in ("out", "mlp.2
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    path = Path(__file__).parents[1] / "examples" / "tiny_gpt.py"
-    spec = importlib.util.spec_from_file_location("tiny_gpt", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("tiny_gpt")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import inspect
 import json
 import pickle
@@ -21,11 +20,12 @@ import pytest
 import torch
 from diffusers.callbacks import SDXLCFGCutoffCallback
 from diffusers.hooks import FirstBlockCacheConfig
-from pipelines import PROMPT, build, call, vae
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import noesis
+from helpers.checkout import load_example
+from helpers.pipelines import PROMPT, build, call, vae
 from noesis.layers import DENOISER
 from noesis.observing.pipeline_meta import guidance_branch
 
@@ -706,14 +706,8 @@ def test_a_compiled_part_alone(pipelines: dict[str, Any], order: str) -> None:
 
 def test_the_example(pipelines: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipelines["sdxl"].save_pretrained(tmp_path / "model")
-    path = Path(__file__).parents[1] / "examples" / "sdxl.py"
-    spec = importlib.util.spec_from_file_location("sdxl_example", path)
-    assert spec is not None
-    assert spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
     out = tmp_path / "out"
-    example.main(
+    load_example("sdxl").main(
         ["--model", str(tmp_path / "model"), "--steps", "2", "--size", "32", "--seeds", "1", "2", "--out", str(out)]
     )
     printed = capsys.readouterr().out

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from language_models import CACHES, MODELS, build, generate, prompts
 
 import noesis
+from helpers.language_models import CACHES, MODELS, build, generate, prompts
 
 NEW_TOKENS = 5
 

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +14,7 @@ import torch
 from torch import nn
 
 import noesis
-
-ROOT = Path(__file__).parents[1]
-SCRIPTS = ROOT / "benchmarks"
+from helpers.checkout import BENCHMARKS
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +28,7 @@ def _threads():
 @pytest.fixture
 def script(monkeypatch):
     """Import a script by name, as the scripts import each other."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module
 
 
@@ -240,7 +237,7 @@ torch.testing.assert_close(row, want, rtol=1e-4, atol=1e-2)
 accumulate(x, row, enabled.zero_())
 torch.testing.assert_close(row, want, rtol=1e-4, atol=1e-2)
 """
-    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(SCRIPTS)}
+    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(BENCHMARKS)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -418,7 +415,7 @@ def test_every_step_of_run_all_is_a_command_that_parses(script, monkeypatch):
         assert len({task.name for task in tasks}) == len(tasks)
         for task in tasks:
             name, *arguments = task.command.split()
-            assert (SCRIPTS / name).is_file()
+            assert (BENCHMARKS / name).is_file()
             if name == "overhead.py":
                 options = overhead.parse([*arguments, "--device", device])
                 known = {"sdxl": models.SDXL_LAYERS}.get(options.model[0], {**models.BLOCKS, "all": None})

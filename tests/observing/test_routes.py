@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import pickle
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from language_models import CACHES, MOE, build, generate, prompts
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import noesis
+from helpers.checkout import load_example
+from helpers.language_models import CACHES, MOE, build, generate, prompts
 from noesis import NoesisError, Routes
 from noesis.kernels import layout, routing
 from noesis.observing import route_bank
@@ -752,13 +751,7 @@ def test_asking_too_early_or_without_routers():
 
 
 def example(*arguments: str) -> None:
-    path = Path(__file__).parents[1] / "examples" / "moe.py"
-    spec = importlib.util.spec_from_file_location("moe", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.main(arguments)
+    load_example("moe").main(arguments)
 
 
 def test_the_example_with_a_tokenizer(tmp_path, capsys):
