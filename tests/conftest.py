@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from helpers import processes
 from helpers.checkout import ROOT
 
 # Triton decides when a kernel is defined whether it will be compiled or interpreted.
@@ -22,6 +24,23 @@ def data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the data folder ({folder}); set NOESIS_DATA")
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For all tests of a file and its fixtures: `pytestmark = pytest.mark.usefixtures("one_thread")`."""
+    with processes.one_thread():
+        yield
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """torch.compile knows nothing of what other tests compiled."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ NO_RUN = re.compile(r"<!-- no-run: (?P<reason>\S.*) -->")
 
 
 @dataclass(frozen=True)
-class Block:
+class Fence:
     """One fenced ```python block, padded so that its line numbers are those of the page."""
 
     source: str
@@ -42,9 +42,9 @@ class Example:
     line: int
 
 
-def blocks(page: str) -> list[Block]:
+def blocks(page: str) -> list[Fence]:
     """The ```python blocks of a page; one that follows `<!-- no-run: reason -->` does not run."""
-    found: list[Block] = []
+    found: list[Fence] = []
     opening: re.Match[str] | None = None
     body: list[str] = []
     start, before = 0, ""
@@ -59,7 +59,7 @@ def blocks(page: str) -> list[Block]:
         if fence and fence["ticks"].startswith(opening["ticks"]) and not fence["info"].strip():
             if opening["info"].strip().split(" ")[0] == "python":
                 source = "\n" * start + textwrap.dedent("\n".join(body)) + "\n"
-                found.append(Block(source, start, runs=NO_RUN.fullmatch(before) is None))
+                found.append(Fence(source, start, runs=NO_RUN.fullmatch(before) is None))
             opening, before = None, ""
         else:
             body.append(line)

@@ -20,40 +20,22 @@ import torch
 from torch import Tensor, nn
 
 import noesis
+from helpers.models import TopKRouter
 from noesis.errors import Inaccessible
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---------------------------------------------------------------- a model with something of everything
 
 
-class Router(nn.Module):
-    """As transformers' top-k routers: logits, weights and indices of the experts that tokens are sent to."""
+class RoutedBlock(nn.Module):
+    """What a router chose scales what an MLP gives."""
 
-    top_k, num_experts = 2, 3
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(3, 8))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = nn.functional.linear(x.flatten(0, -2), self.weight)
-        scores, indices = logits.softmax(-1).topk(2)
-        return logits, scores, indices
-
-
-class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(8)
-        self.router = Router()
+        self.router = TopKRouter(8, experts=3)
         self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,7 +48,7 @@ class Block(nn.Module):
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([Block(), Block()])
+        self.blocks = nn.ModuleList([RoutedBlock(), RoutedBlock()])
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:

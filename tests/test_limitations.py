@@ -20,20 +20,12 @@ from torch import Tensor, nn
 
 import noesis
 from helpers.checkout import ROOT
+from helpers.models import Returns
 
 
 def small() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-
-
-class Returns(nn.Module):
-    def __init__(self, value: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.value = value
-
-    def forward(self, x: Tensor) -> Any:
-        return self.value(x)
 
 
 def observed_once(value: Callable[[Tensor], Any]) -> noesis.Trace:
@@ -352,14 +344,7 @@ def test_script_modules_and_lazy_modules_are_refused() -> None:
 # ---------------------------------------------------------------- compiled code
 
 
-@pytest.fixture
-def _fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled_code_does_not_know_the_guidance_branch() -> None:
     pytest.importorskip("diffusers")
     from helpers.pipelines import build, call
@@ -377,7 +362,7 @@ def test_compiled_code_does_not_know_the_guidance_branch() -> None:
     assert branches == [["uncond+cond"] * 2, [None] * 2]
 
 
-@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_the_inner_module_of_a_compiled_model_begins_no_step() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -408,7 +393,7 @@ def test_exact_class_lookups_miss_observed_modules() -> None:
     assert not isinstance(found[0], nn.Linear)
 
 
-@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled_layers_that_cannot_be_measured_are_reported_as_never_run() -> None:
     class Counts(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

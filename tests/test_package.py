@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import runpy
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 
 import noesis
 from helpers.checkout import ROOT
+from helpers.processes import python
 from noesis._version import __version__
 
 PACKAGE = ROOT / "src" / "noesis"
@@ -64,19 +63,6 @@ def test_version_is_in_the_changelog_and_types_are_marked() -> None:
 # A pure import.
 
 
-def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter that finds this checkout; warnings are errors there too."""
-    path = os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return subprocess.run(
-        [sys.executable, "-W", "error", *arguments],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-
-
 def effects_of(code: str, tmp_path: Path) -> list[str]:
     """What running `code` does beyond defining names: prints, optional packages, CUDA."""
     report = tmp_path / "report.json"
@@ -86,7 +72,7 @@ def effects_of(code: str, tmp_path: Path) -> list[str]:
         "cuda = 'torch' in sys.modules and sys.modules['torch'].cuda.is_initialized()\n"
         f"pathlib.Path({str(report)!r}).write_text(json.dumps([loaded, cuda]))\n"
     )
-    done = run_python("-c", f"{code}\n{after}")
+    done = python("-W", "error", "-c", f"{code}\n{after}")
     assert done.returncode == 0, done.stderr
     loaded, cuda = json.loads(report.read_text())
     effects = [f"imported {name}" for name in loaded]
@@ -124,7 +110,7 @@ def test_initialising_cuda_is_noticed(tmp_path: Path) -> None:
 
 
 def test_help_does_not_import_torch() -> None:
-    done = run_python("-X", "importtime", "-m", "noesis.cli", "--help")
+    done = python("-W", "error", "-X", "importtime", "-m", "noesis.cli", "--help")
     assert done.returncode == 0, done.stderr[-500:]
     assert "usage: " in done.stdout
     assert imported(done.stderr) >= {"argparse", "noesis"}
@@ -132,7 +118,7 @@ def test_help_does_not_import_torch() -> None:
 
 
 def test_importing_torch_is_noticed() -> None:
-    assert "torch" in imported(run_python("-X", "importtime", "-c", "import torch").stderr)
+    assert "torch" in imported(python("-W", "error", "-X", "importtime", "-c", "import torch").stderr)
 
 
 def imported(importtime: str) -> set[str]:

@@ -20,26 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import noesis
-
-
-def small() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
-
-
-class Returns(nn.Module):
-    def __init__(self, value) -> None:
-        super().__init__()
-        self.value = value
-
-    def forward(self, x):
-        return self.value(x)
-
+from helpers.models import Returns, small
 
 # ---------------------------------------------------------------- modes
 
 
-class Block(nn.Module):
+class Summing(nn.Module):
+    """Has a sum of its own, of which there is one in measuring too."""
+
     def __init__(self) -> None:
         super().__init__()
         self.a, self.n, self.b = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
@@ -57,7 +45,7 @@ class Selective(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([Block(), Block()])
+        self.blocks = nn.ModuleList([Summing(), Summing()])
 
     def forward(self, x: Tensor) -> Tensor:
         contexts = partial(create_selective_checkpoint_contexts, list(self.saved))
@@ -151,8 +139,8 @@ def test_timesteps_in_vmap():
     assert torch.equal(torch.func.vmap(model)(torch.ones(5, 1)), expected)
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_a_float_timestep_does_not_recompile():
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     model = Timed()
     wrapped = noesis.wrap(model, layers="all")
@@ -161,7 +149,6 @@ def test_a_float_timestep_does_not_recompile():
         call(torch.ones(2, 1), 1 - step / 16)
     assert counter.frame_count <= 2
     np.testing.assert_allclose(wrapped.trace().timesteps, 1 - np.arange(12) / 16)
-    torch._dynamo.reset()
 
 
 # ---------------------------------------------------------------- odd outputs

@@ -9,9 +9,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 
 from helpers.checkout import BENCHMARKS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 RESULTS = sorted((BENCHMARKS / "results").glob("soak-*.json"))
 
@@ -20,14 +21,6 @@ RESULTS = sorted((BENCHMARKS / "results").glob("soak-*.json"))
 def soak(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module("soak")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def assert_steady(case: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +23,16 @@ import torch
 import transformers
 
 import noesis
-from helpers.checkout import ROOT, load_example
+from helpers.checkout import load_example
 from helpers.language_models import build as build_language_model
 from helpers.pipelines import PROMPT, build
+from helpers.processes import environment, python
 from noesis.cli import command_line as cli
 from noesis.cli import models
 from noesis.cli import prompts as language_models
 from noesis.results import loading
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ONCE = "Once upon a time, there was a little girl"
 
@@ -55,30 +58,9 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return call
 
 
-def fresh(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter that finds this checkout."""
-    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return subprocess.run(
-        [sys.executable, *argv],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-
-
 def kind_of_image(path: Path) -> str | None:
     with PIL.Image.open(path) as image:
         return image.format
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +117,7 @@ def test_help_is_instant_and_needs_no_torch() -> None:
     times = []
     for argv in (["--help"], ["compare", "--help"], ["--version"]):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = fresh("-c", code.format(argv))
+        done = python("-c", code.format(argv))
         after = resource.getrusage(resource.RUSAGE_CHILDREN)  # its own seconds, not those of a busy machine
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0
@@ -726,12 +708,11 @@ def test_interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_reader_that_has_gone_is_no_error(v01: Path) -> None:
     read, write = os.pipe()
     os.close(read)
-    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-m", "noesis.cli", "summarize", str(v01 / "run_a")],
         stdout=write,
         stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": ""},  # as most people run it
+        env=environment(PYTHONUNBUFFERED=""),  # as most people run it
         check=False,
         timeout=120,
     )
@@ -765,7 +746,7 @@ def test_a_library_that_prints_does_not_reach_stdout(run: Run, tmp_path: Path, m
 @pytest.mark.slow
 def test_json_of_a_process_is_pure(llama: Path, tmp_path: Path) -> None:
     line = f"trace --model {llama} --prompt Once --max-new-tokens 2 --json --out {tmp_path}"
-    done = fresh("-m", "noesis.cli", *line.split())
+    done = python("-m", "noesis.cli", *line.split())
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["format"] == "noesis.trace"
     assert f"noesis: wrote {tmp_path / 'trace.safetensors'}" in done.stderr
@@ -773,7 +754,7 @@ def test_json_of_a_process_is_pure(llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_exit_code_of_a_process(tmp_path: Path) -> None:
-    done = fresh("-m", "noesis.cli", "compare", str(tmp_path / "a"), str(tmp_path / "b"))
+    done = python("-m", "noesis.cli", "compare", str(tmp_path / "a"), str(tmp_path / "b"))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("noesis: error: ")
 
@@ -791,7 +772,7 @@ def test_a_missing_package_names_its_extra(llama: Path, sdxl: Path, v01: Path, t
         ["compare", a, b, "--plot", tmp_path / "x.png"],
         ["compare", a, b],  # needs none of them
     ]
-    done = fresh(
+    done = python(
         "-c",
         f"import sys\nfor name in {missing}: sys.modules[name] = None\n"
         "from noesis.cli import main\n"
@@ -835,7 +816,7 @@ def test_a_folder_never_asks_the_network(
 
 @pytest.mark.slow
 def test_an_id_that_cannot_be_reached(tmp_path: Path) -> None:
-    done = fresh("-m", "noesis.cli", "layers", "--model", "a/b", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    done = python("-m", "noesis.cli", "layers", "--model", "a/b", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert done.returncode == 2
     assert done.stderr == (
         "noesis: error: a/b is no folder here, it is not in the cache, and the hub cannot be reached. "
@@ -849,7 +830,7 @@ def test_an_id_in_the_cache(llama: Path, tmp_path: Path) -> None:
     snapshot = tmp_path / "hub" / "models--a--b" / "snapshots" / ("0" * 40)
     shutil.copytree(llama, snapshot)
     write(tmp_path / "hub" / "models--a--b" / "refs" / "main", "0" * 40)
-    done = fresh("-m", "noesis.cli", "layers", "--model", "a/b", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    done = python("-m", "noesis.cli", "layers", "--model", "a/b", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert done.stdout.startswith("5 layers\n"), done.stderr
 
 

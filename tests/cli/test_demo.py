@@ -6,10 +6,8 @@ import contextlib
 import io
 import re
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,9 +18,12 @@ import torch
 from matplotlib.image import imread
 
 from helpers.checkout import load_example
+from helpers.processes import one_thread, python
 from noesis import Observed, Soulprint, Trace, compare
 from noesis.cli import demo
 from noesis.errors import BadValue, MissingExtra
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass
@@ -47,17 +48,11 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     return Story(findings, out, text.getvalue(), seconds, (random, torch.get_rng_state()))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with demo._one_thread():
-        yield
-
-
 @pytest.fixture(scope="module")
 def network() -> tuple[demo.Network, demo.Digits]:
     with contextlib.redirect_stdout(io.StringIO()):
         training, held_out = demo.load_digits(0)
-        with demo._one_thread():
+        with one_thread():
             return demo.train(training, held_out, seed=0, epochs=2)[0], held_out
 
 
@@ -133,9 +128,7 @@ def test_what_to_try_next_works(story: Story) -> None:
     assert [Path(command[0]).name for command in commands] == ["noesis", "noesis", "python"]
     for command, expected in zip(commands, ["first divergence: step 0", "layers changed", "192 steps"], strict=True):
         module = ["-m", "noesis.cli"] if Path(command[0]).name == "noesis" else []
-        done = subprocess.run(
-            [sys.executable, *module, *command[1:]], capture_output=True, text=True, check=False, timeout=120
-        )
+        done = python(*module, *command[1:])
         assert done.returncode == 0, done.stderr
         assert expected in done.stdout
 

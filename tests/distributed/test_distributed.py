@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 import noesis
+from helpers.processes import python, torchrun
 from noesis import Trace
 from noesis.distributed import merge
 from noesis.distributed import traces as distributed
@@ -40,17 +38,7 @@ def script(name: str) -> ModuleType:
 
 def launch(name: str, processes: int, folder: Path) -> Path:
     """Run a script on so many ranks; returns the folder with what they wrote."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"),
-            *(str(SCRIPTS / f"{name}.py"), str(folder)),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(noesis.__file__).parents[1])},
-        timeout=120,
-        check=False,
-    )
+    done = torchrun(processes, SCRIPTS / f"{name}.py", folder)
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
 
@@ -433,7 +421,7 @@ def test_dtensors_cost_nothing_where_there_are_none() -> None:
         "assert len(wrapped.trace().unmeasured) == 2\n"
         "assert 'torch.distributed.tensor' not in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = python("-c", code)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -7,11 +7,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 from helpers.checkout import load_example
 
-pytestmark = [pytest.mark.data, pytest.mark.slow]
+pytestmark = [pytest.mark.data, pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 STEPS = 200
 OUT = [f"blocks.{block}.{name}" for block in range(3) for name in ("out", "mlp.2")]
 
@@ -24,11 +23,6 @@ def example() -> ModuleType:
 @pytest.fixture(scope="module")
 def text(data: Path) -> str:
     return (data / "tinyshakespeare.txt").read_text(encoding="utf-8")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def test_losses_are_bitwise_those_of_the_bare_model(example: ModuleType, text: str, tmp_path: Path) -> None:

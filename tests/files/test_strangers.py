@@ -13,7 +13,6 @@ import math
 import os
 import random
 import struct
-import subprocess
 import sys
 import textwrap
 import time
@@ -31,6 +30,8 @@ import torch
 from torch import nn
 
 import noesis
+from helpers.models import small
+from helpers.processes import python
 from noesis.files import writer
 from noesis.files.bounded_json import LEAST_BOUND
 from noesis.kernels.routing import FIELDS
@@ -58,11 +59,9 @@ PIECES = [
 
 
 def model(codebook: bool = False) -> noesis.Wrapped:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     if codebook:
-        return noesis.wrap(net, layers=["0", "1"], codebook=noesis.Codebook(size=4, dim=4), logits="2")
-    return noesis.wrap(net, layers="all", stats=("zeros",), per_sample=True, capacity=3)
+        return noesis.wrap(small(), layers=["0", "1"], codebook=noesis.Codebook(size=4, dim=4), logits="2")
+    return noesis.wrap(small(), layers="all", stats=("zeros",), per_sample=True, capacity=3)
 
 
 @pytest.fixture(scope="module")
@@ -421,12 +420,7 @@ BESIDE = 24 << 20
 def memory_of(*given: tuple[type, Path], least: int = LEAST_BOUND) -> list[tuple[int, str]]:
     """Bytes that reading each file takes at most, and "read ..." or "refused ..."; JSON may always take `least`."""
     names = [f"{reader.__name__}={path}" for reader, path in given]
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(MEASURED), str(least), *names],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python("-c", textwrap.dedent(MEASURED), str(least), *names, timeout=None)
     assert done.returncode == 0, done.stderr
     lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
     assert len(lines) == len(given), done.stderr
@@ -795,8 +789,6 @@ KILLED = """
 @pytest.mark.slow
 def test_killed_while_saving_there_is_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     script = textwrap.dedent(KILLED)
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = python("-c", script, tmp_path)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[0]) > 0  # what was being written when it was killed

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,8 @@ from torch import Tensor, nn
 
 import noesis
 from helpers.checkout import ROOT
+from helpers.models import small
+from helpers.processes import python
 from noesis.internals import compiling, cuda, libraries, lookup, stays
 from noesis.kernels.launching import Kernel
 from noesis.observing.evidence import Evidence
@@ -31,9 +31,7 @@ LIBRARIES = {"torch", "triton", "numba", "transformers", "diffusers", "accelerat
 @pytest.mark.parametrize("kind", [pytest.param("missing", marks=pytest.mark.core), "other"])
 def test_what_every_name_does_when_it_is_gone_or_another(kind: str) -> None:
     """Bitwise outputs and right rows, or layers reported by name; never an exception in a forward."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    script = Path(__file__).with_name("internals_case.py")
-    done = subprocess.run([sys.executable, script, kind], env=environment, capture_output=True, text=True, check=False)
+    done = python(Path(__file__).with_name("internals_case.py"), kind, timeout=None)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]  # gloo prints too
     cases = [json.loads(line) for line in lines]
@@ -91,11 +89,6 @@ def private(source: str) -> list[str]:
 # ---------------------------------------------------------------- forwards that leave no mark
 
 
-def small() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
-
-
 x = torch.linspace(-1, 1, 20).reshape(5, 4)
 
 
@@ -109,8 +102,8 @@ def forgetful(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
 
 
 @pytest.mark.parametrize("eager", [0, 2])
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_a_compiler_that_loses_what_was_recorded_is_noticed(eager: int) -> None:
-    torch._dynamo.reset()
     wrapped = noesis.wrap(small(), layers="linear")
     for _ in range(eager):
         wrapped(x)
@@ -128,8 +121,8 @@ def test_a_compiler_that_loses_what_was_recorded_is_noticed(eager: int) -> None:
     assert not wrapped.trace().unmeasured
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled_forwards_that_are_recorded_are_not_complained_of() -> None:
-    torch._dynamo.reset()
     wrapped = noesis.wrap(small(), layers="linear")
     with wrapped.paused():
         compiled = torch.compile(wrapped.model, backend="eager")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from loguru import logger
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from helpers.processes import one_thread
 from noesis.kernels import dispatch as kernels
 from noesis.kernels import layout, rows
 from noesis.kernels.layout import CALLS, FIELDS, ORDER
@@ -79,22 +80,14 @@ def test_sizes_and_dtypes(path, dtype, size):
     check(path(x), x)
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("size", [moments_numpy.GRAIN + 1, moments_numpy.BLOCK, 2 * moments_numpy.BLOCK + 17])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.usefixtures("one_thread")
 def test_one_thread_takes_other_operations(size, dtype):
     x = (torch.randn(size) * 3 + 0.5).to(dtype)
-    check(by_numpy(x), x)
-    x[size // 2] = math.nan
-    check(by_numpy(x), x)
+    with one_thread():
+        check(by_numpy(x), x)
+        x[size // 2] = math.nan
+        check(by_numpy(x), x)
 
 
 @PATHS

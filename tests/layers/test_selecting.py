@@ -38,7 +38,7 @@ class MLP(nn.Module):
         self.up, self.act, self.down = nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)
 
 
-class Block(nn.Module):
+class DecoderBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm, self.attn, self.mlp = nn.LayerNorm(4), Attention(), MLP()
@@ -48,7 +48,7 @@ class Decoder(nn.Module):
     def __init__(self, depth: int = 2) -> None:
         super().__init__()
         self.embed = nn.Embedding(10, 4)
-        self.layers = nn.ModuleList(Block() for _ in range(depth))
+        self.layers = nn.ModuleList(DecoderBlock() for _ in range(depth))
         self.head = nn.Linear(4, 10)
 
 
@@ -178,10 +178,10 @@ def conv_unit() -> nn.Sequential:
         (Decoder(3), {"layers.N": 3}),
         (Decoder(1), {"layers.N": 1}),
         (ResNet(), {"layerN.N": 9}),
-        (nn.Sequential(*[Block() for _ in range(3)]), {"N": 3}),
+        (nn.Sequential(*[DecoderBlock() for _ in range(3)]), {"N": 3}),
         (nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), {"N": 3}),
         (nn.Sequential(conv_unit(), conv_unit(), nn.Flatten(), nn.Linear(4, 2)), {"N": 2}),
-        (nn.Sequential(nn.Sequential(Block(), Block()), nn.Sequential(Block())), {"N.N": 3}),
+        (nn.Sequential(nn.Sequential(DecoderBlock(), DecoderBlock()), nn.Sequential(DecoderBlock())), {"N.N": 3}),
         (nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 3), {"layers.N": 3}),
         (LeNet(), {"convN": 2, "fc": 1}),
         (Vgg(), {"features.N": 3, "classifier": 1}),

@@ -13,13 +13,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import noesis
+from helpers.models import Block
 
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def small() -> nn.Module:
@@ -148,22 +144,11 @@ def test_an_exported_model_is_the_bare_one(strict):
     assert len(wrapped.trace()) == 1
 
 
-class Block(nn.Module):
-    """One of a repeated kind."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, x):
-        return x + torch.nn.functional.gelu(self.linear(x))
-
-
 @pytest.mark.parametrize("order", ["wrap then compile", "compile then wrap"])
 def test_blocks_compiled_one_by_one_share_one_graph(order):
     """What diffusers calls regional compilation."""
     x = torch.randn(4, 8, requires_grad=True)  # as what comes out of a block does
-    model = nn.Sequential(*[Block() for _ in range(6)])
+    model = nn.Sequential(*[Block() for _ in range(6)]).eval()
     counter = CompileCounterWithBackend("aot_eager")
 
     def compile_blocks():

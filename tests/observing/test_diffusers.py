@@ -29,15 +29,9 @@ from helpers.pipelines import PROMPT, build, call, vae
 from noesis.layers import DENOISER
 from noesis.observing.pipeline_meta import guidance_branch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FIVE = ["sdxl", "sd15", "sd3", "flux", "pixart"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -658,9 +652,9 @@ def test_a_block_cache_switched_on_after_wrapping() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["wrap then compile", "compile then wrap"])
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_a_compiled_denoiser(pipelines: dict[str, Any], order: str) -> None:
     pipe = copy.copy(pipelines["sd15"])
-    torch._dynamo.reset()
     wrapped = noesis.wrap(pipe) if order == "wrap then compile" else None
     pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend="aot_eager")
     plain = None if wrapped is not None else call("sd15", pipe)
@@ -677,16 +671,15 @@ def test_a_compiled_denoiser(pipelines: dict[str, Any], order: str) -> None:
     np.testing.assert_array_equal(call("sd15", pipe), image)
     if plain is not None:
         np.testing.assert_array_equal(image, plain)
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("order", ["wrap then compile", "compile then wrap"])
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_a_compiled_part_alone(pipelines: dict[str, Any], order: str) -> None:
     part = copy.deepcopy(pipelines["sd15"].unet.time_embedding)
     x = torch.randn(2, 32)
     expected = part(x)
-    torch._dynamo.reset()
     wrapped = noesis.wrap(part, layers="linear") if order == "wrap then compile" else None
     compiled = torch.compile(part, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), expected)
@@ -698,7 +691,6 @@ def test_a_compiled_part_alone(pipelines: dict[str, Any], order: str) -> None:
     wrapped.unwrap()
     assert torch.equal(compiled(x), expected)
     assert len(wrapped.trace()) == 3
-    torch._dynamo.reset()
 
 
 # ---------------------------------------------------------------- the example

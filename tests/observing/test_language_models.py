@@ -9,15 +9,9 @@ import torch
 import noesis
 from helpers.language_models import CACHES, MODELS, build, generate, prompts
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NEW_TOKENS = 5
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def statistics(x: torch.Tensor) -> list[float]:

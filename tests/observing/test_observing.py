@@ -12,21 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import noesis
+from helpers.models import Block, Returns
 from noesis.observing import observed as observing
-
-
-class Block(nn.Module):
-    def __init__(self, width: int = 8) -> None:
-        super().__init__()
-        self.up, self.norm, self.down = (
-            nn.Linear(width, 2 * width),
-            nn.LayerNorm(2 * width),
-            nn.Linear(2 * width, width),
-        )
-        self.drop = nn.Dropout(0.3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop(self.down(self.norm(self.up(x)).relu()))
 
 
 class Net(nn.Module):
@@ -211,15 +198,6 @@ def test_recompute_under_checkpointing_is_no_call(reentrant):
 class Output:
     ids: Tensor
     hidden: Tensor
-
-
-class Returns(nn.Module):
-    def __init__(self, value) -> None:
-        super().__init__()
-        self.value = value
-
-    def forward(self, x):
-        return self.value(x)
 
 
 @pytest.mark.parametrize(

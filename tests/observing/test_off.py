@@ -41,7 +41,9 @@ class Loud(nn.Linear):
         return 2 * super().__call__(x)
 
 
-class Block(nn.Module):
+class Outer(nn.Module):
+    """A layer that has layers inside."""
+
     def __init__(self) -> None:
         super().__init__()
         self.inner, self.act = nn.Linear(4, 4), nn.GELU()
@@ -52,7 +54,7 @@ class Block(nn.Module):
 
 def small() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 4), Block(), Loud(4, 4))
+    return nn.Sequential(nn.Linear(4, 4), Outer(), Loud(4, 4))
 
 
 x = torch.arange(8.0).reshape(2, 4)
@@ -224,7 +226,7 @@ def test_gradients_of_what_is_recomputed_while_off(reentrant: bool) -> None:
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.block, self.deep = Block(), Deep(4, 4)
+            self.block, self.deep = Outer(), Deep(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
             if later := saved[-1:]:
@@ -307,16 +309,14 @@ def test_calibrating_while_paused() -> None:
 
 
 @pytest.fixture
-def counter() -> Any:
-    torch._dynamo.reset()
+def counter(fresh_dynamo: None) -> Any:
     with torch.no_grad():
         yield CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("when", ["before", "inside"])
 @pytest.mark.parametrize("how", ["as a whole", "by block"])
-@pytest.mark.parametrize("layers", ["all", Block])
+@pytest.mark.parametrize("layers", ["all", Outer])
 def test_compiling_while_paused_is_compiling_once(counter: Any, how: str, when: str, layers: Any) -> None:
     wrapped = noesis.wrap(small(), layers=layers)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tracemalloc
 
 import numpy as np
@@ -12,11 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import noesis
-
-
-def small() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+from helpers.models import small
+from helpers.processes import python
 
 
 def batches(count: int, size: int = 5) -> list[Tensor]:
@@ -328,7 +323,7 @@ got = wrapped.trace()["mean"][:, 0]
 want = [x.double().mean().item(), x.bfloat16().double().mean().item()]
 assert abs(got - want).max() < 1e-6, (got, want)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = python("-c", code)
     assert done.returncode == 0, done.stderr
 
 

@@ -21,20 +21,15 @@ from torch.utils.checkpoint import checkpoint
 import noesis
 from helpers.checkout import load_example
 from helpers.language_models import CACHES, MOE, build, generate, prompts
+from helpers.models import TopKRouter
 from noesis import NoesisError, Routes
 from noesis.kernels import layout, routing
 from noesis.observing import route_bank
 from noesis.observing.route_bank import RouteBank
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STATISTICS = ("tokens", "expert_load", "entropy", "cv", "idle", "switching")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------- by hand
@@ -198,21 +193,9 @@ def test_training_with_checkpointing_counts_every_token_once(reentrant):
 # ---------------------------------------------------------------- small routers of our own
 
 
-class TopKRouter(nn.Module):
-    """A router as transformers writes them, also in its order of outputs."""
+class MoEBlock(nn.Module):
+    """Each token goes through the matrices of its experts."""
 
-    def __init__(self, size: int = 8, experts: int = 4, top_k: int = 2) -> None:
-        super().__init__()
-        self.num_experts, self.top_k = experts, top_k
-        self.weight = nn.Parameter(torch.randn(experts, size))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = nn.functional.linear(x.reshape(-1, x.shape[-1]), self.weight)
-        weights, indices = torch.topk(logits.float().softmax(-1), self.top_k, dim=-1)
-        return logits, weights, indices
-
-
-class Block(nn.Module):
     def __init__(self, size: int = 8, experts: int = 4, top_k: int = 2) -> None:
         super().__init__()
         self.gate = TopKRouter(size, experts, top_k)
@@ -227,7 +210,7 @@ class Block(nn.Module):
 
 def small(*experts: int, seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(*(Block(experts=number) for number in experts or (4, 4)))
+    return nn.Sequential(*(MoEBlock(experts=number) for number in experts or (4, 4)))
 
 
 def run(model: Any, steps: int = 5) -> None:
@@ -485,14 +468,7 @@ def test_batches_wider_than_what_is_followed_are_compared_within_forwards_only()
 # ---------------------------------------------------------------- torch.compile
 
 
-@pytest.fixture
-def _dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_dynamo")
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("order", ["wrap then compile", "compile then wrap"])
 @pytest.mark.slow
 def test_one_graph_and_the_routes_of_eager(order):
@@ -510,7 +486,7 @@ def test_one_graph_and_the_routes_of_eager(order):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_dynamo")
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_mixtral_compiles_to_one_graph():
     options = {"experts_implementation": "batched_mm"}
     eager, model = noesis.wrap(build("mixtral", **options), layers="routers"), build("mixtral", **options)
@@ -723,7 +699,7 @@ def test_layers_that_never_ran_are_named():
         def forward(self, x: Tensor) -> Tensor:
             return self[0](x)
 
-    wrapped = noesis.wrap(Early(Block(), Block()), layers="routers")
+    wrapped = noesis.wrap(Early(MoEBlock(), MoEBlock()), layers="routers")
     wrapped(torch.randn(1, 2, 8))
     routes = wrapped.routes()
     assert "never ran: 1.gate" in repr(routes)

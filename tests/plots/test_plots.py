@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
 import sys
-import threading
 import warnings
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -21,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 import noesis
+from helpers.processes import in_threads, python
 from noesis.errors import BadValue, MissingExtra
 from noesis.plots import figures as plots
 from noesis.plots import style
@@ -463,7 +462,8 @@ def test_pyplot_is_not_imported(tmp_path: Path) -> None:
         "assert 'matplotlib.pyplot' not in sys.modules\n"
         "assert matplotlib.rcParams.copy() == before\n"
     )
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+    done = python("-W", "error", "-c", code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_style_of_the_session_changes_no_names_and_no_colours() -> None:
@@ -474,14 +474,8 @@ def test_the_style_of_the_session_changes_no_names_and_no_colours() -> None:
 
 
 def test_drawing_in_threads() -> None:
-    drawn: list[int] = []
-    threads = [threading.Thread(target=lambda: drawn.append(pixels(draw("bars", ["a", "b"])).size)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    drawn = in_threads(4, lambda _: pixels(draw("bars", ["a", "b"])).size)
     assert len(set(drawn)) == 1
-    assert len(drawn) == 4
 
 
 def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ import torch
 from torch import nn
 
 import noesis
+from helpers.processes import torchrun
 
 transformers = pytest.importorskip("transformers")
 
@@ -167,14 +165,7 @@ print("done")
 def test_distributed_data_parallel(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(DISTRIBUTED)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(noesis.__file__).parents[1])},
-        timeout=180,
-        check=False,
-    )
+    done = torchrun(2, script)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("done") == 2
 

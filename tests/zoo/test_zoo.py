@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,16 +22,10 @@ from noesis.layers import batch_of, hidden_state
 from . import models
 from .entry import Entry, call
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 #: Compiled by default, one of each kind; with NOESIS_ZOO=all every model is, which takes minutes.
 COMPILED = ["bert", "vit", "PixArt", "ResNet", "TransformerEncoder", "weight_norm", "dataclass", "nested tensor"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=models.installed())
