@@ -12,6 +12,8 @@ import torch
 from helpers import processes
 from helpers.checkout import ROOT
 
+pytest.register_assert_rewrite("by_hand", "compared")
+
 # Triton decides when a kernel is defined whether it will be compiled or interpreted.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -48,16 +50,20 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-#: Whose tests run on every supported torch, by `tools/try_torch.py`: they need no other library.
+#: Folders and files whose tests run on every supported torch, by `tools/try_torch.py`: they need no other library.
 CORE = {
-    *("test_capture", "test_coding", "test_compile", "test_contexts", "test_gradients", "test_internals"),
-    *("test_kernels", "test_observing", "test_off", "test_recorder", "test_robustness", "test_surprise", "test_triton"),
+    *("contexts", "internals", "kernels", "test_robustness", "test_surprise", "test_capture"),
+    *("test_compile", "test_gradients", "test_observing", "test_off", "test_recorder"),
 }
+
+
+def _in_core(path: Path) -> bool:
+    return not CORE.isdisjoint((path.parent.name, path.stem))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With `-m core`, other files are not even imported: what they import may be missing."""
-    others = collection_path.name.startswith("test_") and collection_path.stem not in CORE
+    others = collection_path.name.startswith("test_") and not _in_core(collection_path)
     return True if config.option.markexpr == "core" and others else None
 
 
@@ -65,5 +71,5 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the core; of slow tests, those alone that say so themselves."""
     for item in items:
-        if item.path.stem in CORE and item.get_closest_marker("slow") is None:
+        if _in_core(item.path) and item.get_closest_marker("slow") is None:
             item.add_marker("core")

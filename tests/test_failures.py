@@ -1,4 +1,4 @@
-"""What goes wrong around noesis: exceptions, interrupts, full disks. Nothing is half done; the next step is right."""
+"""What fails around noesis: exceptions, interrupts, full disks. Nothing is half done, and the next step is right."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import resource
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import noesis
+from helpers.failing import OnPurpose, failing
 from helpers.models import TopKRouter
 from noesis.errors import Inaccessible
 
@@ -64,27 +64,6 @@ def net() -> Net:
 
 
 NAMES = [name for name, module in net().named_modules() if not isinstance(module, nn.ModuleList)]
-
-
-class OnPurpose(Exception):
-    pass
-
-
-@contextmanager
-def failing(module: nn.Module, when: str, error: type[BaseException] = OnPurpose) -> Iterator[None]:
-    """The module's forward raises, before it has done anything or after all is done."""
-    forward = module.forward
-
-    def fails(*args: Any, **kwargs: Any) -> Any:
-        if when == "after":
-            forward(*args, **kwargs)
-        raise error
-
-    module.forward = fails  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del module.forward
 
 
 def inputs(number: int, samples: int = 4) -> Tensor:
@@ -336,93 +315,6 @@ def test_an_interrupt_in_fitting_leaves_the_old_calibration_or_the_new_one(
     assert taken < 20
     take(wrapped)
     np.testing.assert_array_equal(scores(wrapped), new)
-
-
-# ---------------------------------------------------------------- two wraps
-
-
-class Calls(nn.Module):
-    """A model that calls another inside its forward."""
-
-    def __init__(self, inner: Any) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(8, 8), nn.Linear(3, 2)
-        self.__dict__["inner"] = inner  # used, and no part of it
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.last(self.inner(self.first(x)))
-        return out
-
-
-def test_a_model_that_calls_another_does_not_see_its_layers() -> None:
-    inner, alone = (noesis.wrap(net(), layers="all", per_sample=True) for _ in range(2))
-    outer = noesis.wrap(Calls(inner), layers="all", per_sample=True)
-    for number in range(3):
-        outer(inputs(number))
-        alone(outer.model.first(inputs(number)))  # after the step: of the next one, so `first` counts twice there
-    inner(inputs(9))  # interleaved: a step of its own
-    alone(inputs(9))
-    assert outer.trace()["count"].shape == (4, 2)
-    assert outer.trace().calls.tolist() == [[1, 1], [2, 1], [2, 1], [1, 0]]
-    assert len(inner.trace()) == 4
-    for name in ("values", "order", "calls", "batches", "totals", "averages"):
-        np.testing.assert_array_equal(getattr(inner.trace(), name), getattr(alone.trace(), name))
-    with pytest.raises(OnPurpose), failing(inner.model.head, "after"):
-        outer(inputs(4))
-    with outer.paused():
-        outer(inputs(5))
-    assert (len(outer.trace()), len(inner.trace())) == (4, 6)
-    outer.unwrap()
-    assert isinstance(inner.model.head, noesis.Observed)
-
-
-def test_calibrating_one_model_does_not_touch_another(calibrated: noesis.Wrapped) -> None:
-    """Not even one that runs inside it."""
-    expected, steps = scores(calibrated), len(calibrated.trace())
-    outer = noesis.wrap(Calls(calibrated), layers="all", codebook=noesis.Codebook(size=4, dim=4))
-    calibration = calibrated.calibration
-    outer.calibrate(others(), progress=False)
-    assert calibrated.calibration is calibration
-    assert len(calibrated.trace()) == steps + len(others())  # the other model's forwards are steps, as ever
-    assert len(outer.trace()) == 0
-    np.testing.assert_array_equal(scores(calibrated), expected)
-
-
-def test_models_in_threads_do_not_see_each_other() -> None:
-    threads, steps = 4, 60
-    batches = [[(thread + 1) * inputs(100 * thread + number) for number in range(steps)] for thread in range(threads)]
-    wrapped = [noesis.wrap(net(), layers="all", per_sample=True, capacity=16) for _ in range(threads)]
-    barrier = threading.Barrier(threads)
-    errors: list[BaseException] = []
-
-    def run(thread: int) -> None:
-        try:
-            barrier.wait()
-            for number, x in enumerate(batches[thread]):
-                if number == 30:
-                    with pytest.raises(OnPurpose), failing(wrapped[thread].model.head, "before"):
-                        wrapped[thread](x)
-                else:
-                    wrapped[thread](x)
-        except BaseException as error:
-            errors.append(error)
-
-    workers = [threading.Thread(target=run, args=(thread,)) for thread in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not errors
-    for thread, x in enumerate(batches):
-        alone = noesis.wrap(net(), layers="all", per_sample=True, capacity=16)
-        for number, batch in enumerate(x):
-            with failing(alone.model.head, "before") if number == 30 else nullcontext():
-                try:
-                    alone(batch)
-                except OnPurpose:
-                    assert number == 30
-        for name in ("values", "order", "calls", "totals", "averages"):
-            np.testing.assert_array_equal(getattr(wrapped[thread].trace(), name), getattr(alone.trace(), name))
 
 
 # ---------------------------------------------------------------- full disks, folders that cannot be written

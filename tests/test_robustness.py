@@ -1,98 +1,19 @@
-"""What models, libraries and people do around a wrap, and what must hold all the same."""
+"""Odd values and odd classes, which no library hands out: the model goes on, and what cannot be measured is named."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
 import pickle
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-import torch._dynamo
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import noesis
 from helpers.models import Returns, small
-
-# ---------------------------------------------------------------- modes
-
-
-class Summing(nn.Module):
-    """Has a sum of its own, of which there is one in measuring too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.n, self.b = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.n(self.a(x))
-        h = h / h.abs().sum()
-        return x + self.b(torch.tanh(h))
-
-
-class Selective(nn.Module):
-    """Checkpoints its blocks and saves the results of some operations, told by their names."""
-
-    saved = (torch.ops.aten.sum.default, torch.ops.aten.addmm.default)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Summing(), Summing()])
-
-    def forward(self, x: Tensor) -> Tensor:
-        contexts = partial(create_selective_checkpoint_contexts, list(self.saved))
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
-        return x
-
-
-def test_selective_checkpointing_has_the_same_gradients():
-    torch.manual_seed(0)
-    bare = Selective()
-    observed = copy.deepcopy(bare)
-    wrapped = noesis.wrap(observed, layers="leaves")
-    x = torch.randn(4, 8)
-    for model in (bare, wrapped):
-        model(x).square().sum().backward()
-    assert all(torch.equal(p.grad, q.grad) for p, q in zip(bare.parameters(), observed.parameters(), strict=True))
-    assert (wrapped.trace().calls == 1).all()
-
-
-def test_dispatch_modes_do_not_see_the_measuring():
-    class Counts(TorchDispatchMode):
-        seen = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.seen += 1
-            return func(*args, **(kwargs or {}))
-
-    model = small()
-    x = torch.randn(2, 4)
-    with Counts() as bare:
-        model(x)
-    wrapped = noesis.wrap(model, layers="all")
-    with Counts() as observed:
-        model(x)
-    assert observed.seen == bare.seen
-    assert len(wrapped.trace()) == 1
-
-
-def test_fake_tensor_mode():
-    model = small()
-    wrapped = noesis.wrap(model, layers="all")
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model(torch.empty(2, 4))
-        assert len(noesis.wrap(small(), layers="all").trace()) == 0
-        assert list(wrapped.trace().unmeasured) == ["0", "1", "2"]
-
 
 # ---------------------------------------------------------------- timesteps
 
@@ -137,18 +58,6 @@ def test_timesteps_in_vmap():
     expected = torch.func.vmap(model)(torch.ones(5, 1))
     noesis.wrap(model, layers="all")
     assert torch.equal(torch.func.vmap(model)(torch.ones(5, 1)), expected)
-
-
-@pytest.mark.usefixtures("fresh_dynamo")
-def test_a_float_timestep_does_not_recompile():
-    counter = CompileCounterWithBackend("aot_eager")
-    model = Timed()
-    wrapped = noesis.wrap(model, layers="all")
-    call = torch.compile(model, backend=counter, fullgraph=True)
-    for step in range(12):
-        call(torch.ones(2, 1), 1 - step / 16)
-    assert counter.frame_count <= 2
-    np.testing.assert_allclose(wrapped.trace().timesteps, 1 - np.arange(12) / 16)
 
 
 # ---------------------------------------------------------------- odd outputs
@@ -205,30 +114,7 @@ def test_an_output_without_elements():
     assert wrapped.trace().never_ran == []
 
 
-# ---------------------------------------------------------------- runs
-
-
-def test_forward_with_trace_takes_what_was_called_before():
-    model = small()
-    wrapped = noesis.wrap(model, layers="all")
-    x = torch.ones(2, 4)
-    model[0](x)
-    _, trace = wrapped.forward_with_trace(x)
-    assert trace.calls.tolist() == [[2, 1, 1]]
-
-
-def test_pausing_inside_a_forward_that_is_left_out():
-    model = small()
-    wrapped = noesis.wrap(model, layers="all", every=2)
-
-    def blink(*_):
-        with wrapped.paused():
-            pass
-
-    model[0].register_forward_hook(blink)
-    for _ in range(3):
-        wrapped(torch.ones(2, 4))
-    assert wrapped.trace().calls.tolist() == [[1, 1, 1], [1, 1, 1]]
+# ---------------------------------------------------------------- notes of a run
 
 
 def test_meta_may_be_anything(tmp_path):
@@ -251,16 +137,6 @@ def test_meta_may_be_anything(tmp_path):
 # ---------------------------------------------------------------- classes
 
 
-def test_a_module_that_left_the_model_is_given_back_too():
-    model = small()
-    wrapped = noesis.wrap(model, layers="all")
-    removed = model[2]
-    model[2] = nn.Linear(6, 3)
-    wrapped.unwrap()
-    assert type(removed) is nn.Linear
-    noesis.wrap(nn.Sequential(removed), layers="all")
-
-
 def test_a_registry_of_subclasses_stays_as_it_was():
     class Registered(nn.Module):
         known: dict = {}  # noqa: RUF012
@@ -280,15 +156,6 @@ def test_a_registry_of_subclasses_stays_as_it_was():
         pass
 
     assert Registered.known["later"] is Later
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit")  # deprecated since 2.13
-def test_scripting_a_wrapped_model():
-    model = small()
-    wrapped = noesis.wrap(model, layers="all")
-    x = torch.ones(2, 4)
-    scripted = torch.jit.script(model)
-    assert torch.equal(scripted(x), wrapped(x))
 
 
 class Recipe(nn.Module):

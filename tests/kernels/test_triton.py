@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from by_hand import State, check, play
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import State, check, play
 from torch import nn
 
 import noesis

@@ -262,3 +262,23 @@ def test_a_layer_that_cannot_be_measured_costs_no_recompile():
     for _ in range(3):
         call(torch.randn(4, 8))
     assert counter.frame_count == 1
+
+
+def test_a_float_timestep_does_not_recompile():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    class Timed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(1, 4)
+
+        def forward(self, x, timestep):
+            return self.layer(x).sum()
+
+    model = Timed()
+    wrapped = noesis.wrap(model, layers="all")
+    call = torch.compile(model, backend=counter, fullgraph=True)
+    for step in range(12):
+        call(torch.ones(2, 1), 1 - step / 16)
+    assert counter.frame_count <= 2
+    np.testing.assert_allclose(wrapped.trace().timesteps, 1 - np.arange(12) / 16)

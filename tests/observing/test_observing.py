@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import noesis
-from helpers.models import Block, Returns
+from helpers.models import Block, Returns, small
 from noesis.observing import observed as observing
 
 
@@ -469,3 +469,13 @@ def test_tracing_by_torch_fx_leaves_no_mark():
     torch.fx.symbolic_trace(wrapped.model)
     with pytest.warns(noesis.NoesisWarning, match=r"left out \(\d traced by .*torch\.fx"):
         assert len(wrapped.trace()) == 0
+
+
+def test_a_module_that_left_the_model_is_given_back_too():
+    model = small()
+    wrapped = noesis.wrap(model, layers="all")
+    removed = model[2]
+    model[2] = nn.Linear(6, 3)
+    wrapped.unwrap()
+    assert type(removed) is nn.Linear
+    noesis.wrap(nn.Sequential(removed), layers="all")

@@ -398,3 +398,26 @@ def test_infinite_rows_leave_the_ring_without_a_warning():
     for _ in range(4):
         wrapped(torch.tensor([1e200, -1e200], dtype=torch.float64))
     assert wrapped.trace().totals[0, 0] == 8
+
+
+def test_forward_with_trace_takes_what_was_called_before():
+    model = small()
+    wrapped = noesis.wrap(model, layers="all")
+    x = torch.ones(2, 4)
+    model[0](x)
+    _, trace = wrapped.forward_with_trace(x)
+    assert trace.calls.tolist() == [[2, 1, 1]]
+
+
+def test_pausing_inside_a_forward_that_is_left_out():
+    model = small()
+    wrapped = noesis.wrap(model, layers="all", every=2)
+
+    def blink(*_):
+        with wrapped.paused():
+            pass
+
+    model[0].register_forward_hook(blink)
+    for _ in range(3):
+        wrapped(torch.ones(2, 4))
+    assert wrapped.trace().calls.tolist() == [[1, 1, 1], [1, 1, 1]]
