@@ -9,6 +9,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -483,6 +484,7 @@ def rows_of_the_page() -> list[tuple[str, str, str]]:
     return rows
 
 
+@cache
 def names_of_tests(place: str) -> set[str]:
     """Of a file, or of all in a folder."""
     path = ROOT / "tests" / place

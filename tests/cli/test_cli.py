@@ -23,7 +23,6 @@ import torch
 import transformers
 
 import noesis
-from helpers.checkout import load_example
 from helpers.language_models import build as build_language_model
 from helpers.pipelines import PROMPT, build
 from helpers.processes import environment, python
@@ -835,15 +834,6 @@ def test_an_id_in_the_cache(llama: Path, tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- the example
-
-
-@pytest.mark.data
-def test_the_example(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    load_example("llm").main([str(llama), "Tom was happy.", "Tom was sad.", "--new-tokens", "3"])
-    out = capsys.readouterr().out
-    assert out.count("Trace of 3 steps x 5 layers x 7 stats") == 2
-    assert "tokens only in a: '▁happy' at" in out
-    assert "Comparison of 5 layers: distance " in out
 
 
 def test_usage_errors_are_one_line(run: Run) -> None:

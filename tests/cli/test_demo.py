@@ -1,4 +1,4 @@
-"""`noesis demo` tells the truth within a minute; the training loop of the examples runs."""
+"""`noesis demo` tells the truth within a minute."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
 
-from helpers.checkout import load_example
 from helpers.processes import one_thread, python
 from noesis import Observed, Soulprint, Trace, compare
 from noesis.cli import demo
@@ -234,30 +232,3 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
     with pytest.raises(BadValue, match=r"out is a file\. Expected a folder to write to\. Choose another name"):
         demo.run(path)
     assert path.read_text() == "mine"
-
-
-# ---------------------------------------------------------------- the example
-
-
-@pytest.fixture(scope="module")
-def training_loop() -> ModuleType:
-    return load_example("training_loop")
-
-
-def test_the_training_loop_trains(training_loop: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert training_loop.main(["--epochs", "2"]) == 0
-    printed = capsys.readouterr().out
-    losses = [float(loss) for loss in re.findall(r"^epoch \d  loss ([\d.]+)", printed, re.MULTILINE)]
-    assert len(losses) == 2
-    assert losses[1] < losses[0]
-    assert "Trace of 29 steps x 5 layers" in printed
-    assert "first NaN" not in printed
-
-
-def test_the_training_loop_finds_the_first_nan(training_loop: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert training_loop.main(["--lr", "1", "--epochs", "4"]) == 1
-    printed = capsys.readouterr().out
-    found = re.search(r"^first NaN or infinity: epoch (\d), step (\d+), layer (\d)$", printed, re.MULTILINE)
-    assert found
-    assert int(found[2]) > 0, "it takes steps to explode"
-    assert f"epoch {int(found[1]) + 1}" not in printed, "it stops there"

@@ -1,4 +1,4 @@
-"""Models that were changed, before wrapping or after: adapters, quantisation, offloading, other weights and layers."""
+"""What people do to a model, before wrapping it or after; one test per row of docs/limitations.md."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compared import Net, Seen, classes_of, compare, equal, gradients, infer, net, some, train
 from torch import Tensor, nn
 
 import noesis
+from compared import Net, Seen, classes_of, compare, equal, gradients, infer, net, some, train
 from helpers.models import Block
 
 # ---------------------------------------------------------------- adapters and quantisation

@@ -1,4 +1,4 @@
-"""Modes of torch, and ways to train."""
+"""What people put around a model: modes of torch, and ways to train; one test per row of docs/limitations.md."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from functools import partial
 
 import pytest
 import torch
-from compared import Seen, classes_of, compare, equal, gradients, net, some, train
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import noesis
+from compared import Seen, classes_of, compare, equal, gradients, net, some, train
 from helpers.models import small
 
 

@@ -1,4 +1,4 @@
-"""Several models, copies of one, threads and processes."""
+"""Several models, copies of one, threads and processes; one test per row of docs/limitations.md."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compared import Seen, classes_of, equal, infer, net, some
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import noesis
+from compared import Seen, classes_of, equal, infer, net, some
 from helpers.failing import OnPurpose, failing
 from helpers.processes import in_threads
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from internals_case import names
 from torch import Tensor, nn
 
 import noesis
 from helpers.checkout import ROOT
 from helpers.models import small
 from helpers.processes import python
+from internals_case import names
 from noesis.internals import compiling, cuda, libraries, lookup, stays
 from noesis.kernels.launching import Kernel
 from noesis.observing.evidence import Evidence

@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from by_hand import EXACT, State, check, expected, play
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loguru import logger
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from by_hand import EXACT, State, check, expected, play
 from helpers.processes import one_thread
 from noesis.kernels import dispatch as kernels
 from noesis.kernels import layout, rows

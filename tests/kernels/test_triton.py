@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from by_hand import State, check, play
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import noesis
+from by_hand import State, check, play
 from noesis.kernels import dispatch as kernels
 from noesis.kernels import rows
 from noesis.kernels.layout import CALLS, FIELDS, ORDER

@@ -24,7 +24,6 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import noesis
-from helpers.checkout import load_example
 from helpers.pipelines import PROMPT, build, call, vae
 from noesis.layers import DENOISER
 from noesis.observing.pipeline_meta import guidance_branch
@@ -691,24 +690,6 @@ def test_a_compiled_part_alone(pipelines: dict[str, Any], order: str) -> None:
     wrapped.unwrap()
     assert torch.equal(compiled(x), expected)
     assert len(wrapped.trace()) == 3
-
-
-# ---------------------------------------------------------------- the example
-
-
-def test_the_example(pipelines: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pipelines["sdxl"].save_pretrained(tmp_path / "model")
-    out = tmp_path / "out"
-    load_example("sdxl").main(
-        ["--model", str(tmp_path / "model"), "--steps", "2", "--size", "32", "--seeds", "1", "2", "--out", str(out)]
-    )
-    printed = capsys.readouterr().out
-    a, b = (noesis.Soulprint.load(out / f"seed_{seed}.safetensors") for seed in (1, 2))
-    assert (a.meta["seed"], b.meta["seed"], a.steps) == (1, 2, 2)
-    assert repr(noesis.compare(a, b)) in printed
-    assert {path.name for path in out.iterdir()} == {
-        "seed_1.safetensors", "seed_2.safetensors", "seed_1.png", "seed_2.png", "comparison.png",
-    }  # fmt: skip
 
 
 @pytest.mark.slow
