@@ -20,7 +20,7 @@ from ..errors import BadValue, TooLarge
 from ..kernels import layout, rows
 from ..kernels.layout import CALLS, COUNT, MEAN, ORDER, STD
 from ..numerics import Floats, Ints
-from ..results import Trace, fields_of, stats_of
+from ..results import Trace, fields_of, from_known, from_rows, merged_known, names_of, stats_of, to_known, to_rows
 from ..text import counted
 from .ranks import Ranks, named
 
@@ -90,7 +90,7 @@ def _outline(trace: Trace) -> dict[str, Any]:
         "layers": trace.layers,
         "stats": trace.stats,
         "steps": trace.steps.tolist(),
-        "branches": trace.branches,
+        "names": names_of(trace),
         "dropped": trace.dropped_steps,
         "unmeasured": trace.unmeasured,
         "samples": len(trace.samples),
@@ -118,27 +118,19 @@ def _merged(outlines: list[dict[str, Any]], collect: Callable[[Callable[[Trace],
     averages = _averages(values)
     if dropped:
         averages += _older(collect(lambda trace: _before(trace, steps, layers)))
-    told = collect(lambda trace: _told(trace, steps))
-    timesteps, low = np.full(len(steps), np.nan), np.fmin.reduce(told[:, 0])
-    alike = low == np.fmax.reduce(told[:, 0])
-    timesteps[alike] = low[alike]
-    branches, split = _branches(outlines, steps)
-    differing = (["timesteps"] if (~alike & np.isfinite(low)).any() else []) + (["branches"] if split else [])
+    names = list(dict.fromkeys(name for outline in outlines for name in outline["names"]))
+    known, differing = merged_known(collect(lambda trace: _known(trace, steps, names)))
     whole = Trace(
         values=stats_of(values, stats),
         layers=layers,
         stats=stats,
-        steps=steps,
-        order=values[..., ORDER].astype(np.int64),
-        calls=values[..., CALLS].astype(np.int64),
         totals=stats_of(totals, stats),
         averages=averages,
-        timesteps=timesteps,
-        batches=told[:, 1].sum(0).astype(np.int64),
-        branches=branches,
         dropped_steps=dropped,
         unmeasured=_unmeasured(outlines),
         meta=_meta(outlines, differing, dropped),
+        **from_rows(values),
+        **from_known(known, names),
     )
     whole.samples = _samples(outlines, collect, whole, later)
     return whole
@@ -154,10 +146,9 @@ def _placed(trace: Trace, steps: Ints, layers: list[str], later: dict[str, int])
     """A trace's rows at these steps and layers [steps, layers, FIELDS]; zero where it has none."""
     placed = np.zeros((len(steps), len(layers), len(layout.FIELDS)))
     _, there, here = np.intersect1d(steps, trace.steps, return_indices=True)
-    fields = fields_of(trace.values[here], trace.stats)
-    fields[..., CALLS] = trace.calls[here]
+    fields = to_rows(trace, here)
     shift = np.array([later[name] for name in trace.layers], dtype=np.int64)
-    fields[..., ORDER] = np.where(trace.order[here] > 0, trace.order[here] + shift, 0)
+    fields[..., ORDER] += np.where(fields[..., ORDER] > 0, shift, 0)
     placed[np.ix_(there, _columns(trace, layers))] = fields
     return placed
 
@@ -209,12 +200,12 @@ def _older(before: Floats) -> Floats:
     return np.stack([most, most * whole[..., MEAN], most * std], axis=-1)
 
 
-def _told(trace: Trace, steps: Ints) -> Floats:
-    """Timesteps and batch sizes at these steps [2, steps]."""
-    told = np.stack([np.full(len(steps), np.nan), np.zeros(len(steps))])
+def _known(trace: Trace, steps: Ints, names: list[str]) -> Floats:
+    """What a trace knows of these steps [steps, STEP]; NaN of those that it has not."""
+    known = np.full((len(steps), layout.STEP), np.nan)
     _, there, here = np.intersect1d(steps, trace.steps, return_indices=True)
-    told[0, there], told[1, there] = trace.timesteps[here], trace.batches[here]
-    return told
+    known[there] = to_known(trace, here, names)
+    return known
 
 
 def _samples(
@@ -250,10 +241,16 @@ def _samples(
             if sample >= numbers[rank]:
                 continue
             held = packed[:, : len(steps) * width].reshape(len(layers), len(steps), width).swapaxes(0, 1)
-            fields = {**vars(whole), "values": stats_of(held, whole.stats), "samples": []}
-            fields |= {name: held[..., at].astype(np.int64) for name, at in (("order", ORDER), ("calls", CALLS))}
-            fields |= {"totals": packed[:, len(steps) * width : -3], "averages": packed[:, -3:]}
-            found[rank].append(Trace(**fields))
+            found[rank].append(
+                replace(
+                    whole,
+                    values=stats_of(held, whole.stats),
+                    totals=packed[:, len(steps) * width : -3],
+                    averages=packed[:, -3:],
+                    samples=[],
+                    **from_rows(held),
+                )
+            )
     return [trace for of_rank in found for trace in of_rank]
 
 
@@ -296,18 +293,6 @@ def _steps(outlines: list[dict[str, Any]]) -> tuple[Ints, int]:
     kept = {step for outline in outlines for step in outline["steps"] if step >= first}
     before = [outline["dropped"] + sum(step < first for step in outline["steps"]) for outline in outlines]
     return np.array(sorted(kept), dtype=np.int64), max(before)
-
-
-def _branches(outlines: list[dict[str, Any]], steps: Ints) -> tuple[list[str | None], bool]:
-    """The branch of each step, None where ranks differ, and whether any do."""
-    said: dict[int, set[str | None]] = {step: set() for step in steps.tolist()}
-    for outline in outlines:
-        for step, branch in zip(outline["steps"], outline["branches"], strict=True):
-            if step in said:
-                said[step].add(branch)
-    return [next(iter(names)) if len(names) == 1 else None for names in said.values()], any(
-        len(names) > 1 for names in said.values()
-    )
 
 
 def _unmeasured(outlines: list[dict[str, Any]]) -> dict[str, str]:

@@ -24,7 +24,7 @@ from ..kernels.layout import CONTROL, EVERY, FOLD, FOLDED, FORWARDS, OBSERVED
 from ..kernels.stepping import add_steps, merge_totals, with_whole
 from ..layers import Router
 from ..numerics import Floats
-from ..results import Routes, Trace, stats_of
+from ..results import Routes, Trace, from_known, from_rows, stats_of
 from ..surprise import Scorer
 from .bank import Bank, Reading
 from .channels import Channel, Channels
@@ -384,7 +384,6 @@ class Recorder:
         lost = self.evidence.left_no_mark(reading.forwards, self.forwards)
         if lost is not None:
             self.evidence.say(lost)
-        named: list[str | None] = [*self.branches, None]  # -1 stands for no branch
 
         def one(row: int) -> Trace:
             fields, totals = reading.rows[:, row], reading.totals[row]
@@ -392,17 +391,13 @@ class Recorder:
                 values=stats_of(fields, stats),
                 layers=list(self.names),
                 stats=stats,
-                steps=reading.steps[:, layout.NUMBER].astype(np.int64),
-                order=fields[..., layout.ORDER].astype(np.int64),
-                calls=fields[..., layout.CALLS].astype(np.int64),
                 totals=stats_of(totals[:, : len(layout.FIELDS)], stats),
                 averages=totals[:, len(layout.FIELDS) :],
-                timesteps=reading.steps[:, layout.TIMESTEP],
-                batches=reading.steps[:, layout.BATCH].astype(np.int64),
-                branches=[named[int(code)] for code in reading.steps[:, layout.BRANCH]],
                 dropped_steps=reading.dropped,
                 unmeasured=dict(self.unmeasured),
                 meta=dict(self.meta),
+                **from_rows(fields),
+                **from_known(reading.steps, self.branches),
             )
 
         whole = one(0)

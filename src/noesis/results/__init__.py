@@ -1,6 +1,7 @@
 """Every answer on the host: Trace, Soulprint, Comparison, Surprise, Routes, Activations, TokenDeltas."""
 
 from .activations import Activations, bytes_of
+from .columns import COLUMNS, from_known, from_rows, merged_known, names_of, to_known, to_rows
 from .comparison import Comparison, compare
 from .divergence import Divergence
 from .loading import load_run, load_runs
@@ -14,6 +15,7 @@ from .trace import Trace
 
 __all__ = [
     "ALWAYS",
+    "COLUMNS",
     "OPTIONAL",
     "STATS",
     "Activations",
@@ -29,10 +31,16 @@ __all__ = [
     "bytes_of",
     "compare",
     "fields_of",
+    "from_known",
+    "from_rows",
     "load_run",
     "load_runs",
+    "merged_known",
+    "names_of",
     "scalars",
     "stats_of",
+    "to_known",
+    "to_rows",
     "token_deltas",
     "under",
 ]

@@ -16,6 +16,7 @@ from ..files import v01
 from ..kernels import layout, rows
 from ..numerics import Floats, Ints
 from ..text import counted, plain, table
+from .columns import COLUMNS, from_file, to_arrays, to_header, whole
 from .saved import Saved
 from .soulprint import Soulprint
 from .statistics import ALWAYS, OPTIONAL, fields_of, stats_of
@@ -124,19 +125,15 @@ class Trace(Saved):
     def at(self, keep: Iterable[bool]) -> Trace:
         """The trace of some of its steps alone; `keep` is a mask over the steps."""
         mask = np.asarray(list(keep), dtype=bool)
+        kept = {each.name: each.at(getattr(self, each.name), mask) for each in COLUMNS if each.axes[0] == "steps"}
         return Trace.of(
-            self.values[mask],
+            kept.pop("values"),
             self.layers,
             self.stats,
-            steps=self.steps[mask],
-            order=self.order[mask],
-            calls=self.calls[mask],
-            timesteps=self.timesteps[mask],
-            batches=self.batches[mask],
-            branches=[branch for branch, yes in zip(self.branches, mask, strict=True) if yes],
             unmeasured=self.unmeasured,
             samples=[sample.at(mask) for sample in self.samples],
             meta=self.meta,
+            **kept,
         )
 
     def soulprint(self, step: int | None = None) -> Soulprint:
@@ -192,37 +189,29 @@ class Trace(Saved):
         stats: tuple[str, ...],
         *,
         steps: Ints,
-        order: Ints | None = None,
-        calls: Ints | None = None,
-        timesteps: Floats | None = None,
-        batches: Ints | None = None,
-        branches: list[str | None] | None = None,
         unmeasured: dict[str, str] | None = None,
         samples: list[Trace] | None = None,
         meta: dict[str, Any] | None = None,
+        **columns: Any,
     ) -> Trace:
-        """A trace whose steps are all of its run, so that totals follow from them."""
+        """A trace whose steps are all of its run, so that totals follow; `columns` are its other arrays with steps."""
         ran = values[:, :, stats.index("count")] > 0
         parts = fields_of(values, stats)
         with np.errstate(over="ignore", invalid="ignore"):  # numbers in files of v0.1 may be anything
             totals = rows.combine(parts) if len(values) else np.zeros((len(layers), len(layout.FIELDS)))
             mean, std = (np.where(ran, values[:, :, stats.index(name)], 0.0).sum(0) for name in ("mean", "std"))
-        in_order = np.broadcast_to(np.arange(1, len(layers) + 1), ran.shape)
+        absent = {each.name: each.absent(ran) for each in COLUMNS if each.absent is not None}
         return cls(
             values=values,
             layers=list(layers),
             stats=stats,
             steps=np.asarray(steps, dtype=np.int64),
-            order=np.where(ran, in_order, 0) if order is None else order,
-            calls=ran.astype(np.int64) if calls is None else calls,
             totals=stats_of(totals, stats),
             averages=np.stack([ran.sum(0).astype(np.float64), mean, std], axis=-1),
-            timesteps=np.full(len(values), np.nan) if timesteps is None else timesteps,
-            batches=np.zeros(len(values), dtype=np.int64) if batches is None else batches,
-            branches=[None] * len(values) if branches is None else branches,
             unmeasured=dict(unmeasured or {}),
             samples=samples or [],
             meta=dict(meta or {}),
+            **{**absent, **columns},
         )
 
     # ------------------------------------------------------------ files
@@ -278,7 +267,7 @@ class Trace(Saved):
         return {
             "layers": self.layers,
             "stats": list(self.stats),
-            "branches": self.branches,
+            **to_header(self),
             "dropped_steps": self.dropped_steps,
             "unmeasured": self.unmeasured,
             "samples": len(self.samples),
@@ -286,8 +275,7 @@ class Trace(Saved):
         }
 
     def _arrays(self, prefix: str = "") -> files.Arrays:
-        names = ("values", "steps", "order", "calls", "totals", "averages", "timesteps", "batches")
-        arrays = {prefix + name: getattr(self, name) for name in names}
+        arrays = {prefix + name: array for name, array in to_arrays(self).items()}
         for index, sample in enumerate(self.samples):
             arrays |= sample._arrays(f"sample{index}.")
         return arrays
@@ -323,34 +311,13 @@ class Trace(Saved):
     def _from_arrays(cls, arrays: files.Arrays, header: dict[str, Any], path: Path | str, prefix: str = "") -> Trace:
         try:
             layers, stats = [str(name) for name in header["layers"]], tuple(str(name) for name in header["stats"])
-            values = arrays[prefix + "values"]
-            shapes = {
-                "values": (len(values), len(layers), len(stats)),
-                "steps": (len(values),),
-                "order": (len(values), len(layers)),
-                "calls": (len(values), len(layers)),
-                "totals": (len(layers), len(stats)),
-                "averages": (len(layers), 3),
-                "timesteps": (len(values),),
-                "batches": (len(values),),
-            }
-            integers = ("steps", "order", "calls", "batches")
-            kept: dict[str, Any] = {}
-            for name, shape in shapes.items():
-                array = arrays.pop(prefix + name)
-                if array.shape != shape and array.size + np.prod(shape):
-                    raise ValueError(f"{prefix + name} has shape {array.shape}, expected {shape}")
-                kept[name] = array.reshape(shape).astype(np.float64, copy=False)
-                if name in integers:
-                    kept[name] = _whole(kept[name], prefix + name)
-            _whole(kept["averages"][:, 0], "averages")
-            branches = [None if branch is None else str(branch) for branch in header["branches"]]
-            if len(branches) != len(values) or not set(ALWAYS) <= set(stats) or len(set(layers)) != len(layers):
-                raise ValueError("branches, stats or layers do not fit")
+            if not set(ALWAYS) <= set(stats) or len(set(layers)) != len(layers):
+                raise ValueError("stats or layers do not fit")
+            columns = from_file(arrays, header, len(layers), stats, prefix)
+            whole(columns["averages"][:, 0], "averages")
             return cls(
                 layers=layers,
                 stats=stats,
-                branches=branches,
                 dropped_steps=max(0, int(header["dropped_steps"])),
                 unmeasured={str(name): str(why) for name, why in header["unmeasured"].items()},
                 meta=dict(header["meta"]),
@@ -358,7 +325,7 @@ class Trace(Saved):
                     cls._from_arrays(arrays, {**header, "samples": 0}, path, f"sample{index}.")
                     for index in range(int(header["samples"]))
                 ],
-                **kept,
+                **columns,
             )
         except BadFile:  # of a sample
             raise
@@ -404,12 +371,6 @@ class Trace(Saved):
         if found:
             parts.append(f"first NaN or infinity: step {found[0]}, layer {plain(found[1])}")
         return "\n".join(parts)
-
-
-def _whole(array: Floats, name: str) -> Ints:
-    if not (np.isfinite(array) & (array >= 0) & (array < 2**53) & (array == np.floor(array))).all():
-        raise ValueError(f"{name} holds something else than whole numbers from 0")
-    return array.astype(np.int64)
 
 
 def _broken(path: Path | str, error: Exception) -> BadFile:
