@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from time import perf_counter
 
 import numpy as np
 import pytest
@@ -125,6 +126,45 @@ def test_twenty_thousand_replays_without_a_wrong_row():
     # The totals hold them all: 3 warm-up forwards and 20,000 replays.
     count = trace.stats.index("count")
     np.testing.assert_array_equal(trace.totals[:, count], 20_003 * expected[:, count])
+
+
+def test_when_steps_of_a_graph_began_is_not_known():
+    wrapped = noesis.wrap(model().cuda().eval(), layers="all")
+    x = torch.randn(4, 3, 16, 16, device="cuda")
+    graph = captured(wrapped, x)  # after forwards 0, 1 and 2
+    graph.replay()
+    with torch.no_grad():
+        wrapped(x)
+    trace = wrapped.trace()
+    assert np.isnan(trace.seconds).tolist() == [False] * 3 + [True] * 2
+    assert (np.diff(trace.seconds[:3]) > 0).all()
+    with torch.no_grad():
+        wrapped(x)
+    assert np.isnan(wrapped.trace().seconds).tolist() == [False] * 3 + [True] * 2 + [False]
+    wrapped.reset()
+    with torch.no_grad():
+        wrapped(x)
+    assert np.isfinite(wrapped.trace().seconds).all()
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_when_steps_of_compiled_code_began(mode):
+    net = model().cuda().eval()
+    wrapped = noesis.wrap(net, layers="all")
+    call = torch.compile(net, mode=mode)
+    begun = []
+    wrapped.reset()
+    start = perf_counter()
+    with torch.no_grad():
+        for _ in range(5):
+            call(torch.randn(4, 3, 16, 16, device="cuda"))
+            torch.cuda.synchronize()
+            begun.append(perf_counter() - start)
+    seconds = wrapped.trace().seconds
+    known = np.isfinite(seconds)
+    assert known.all() or mode != "default"  # a graph that is replayed has none
+    assert (seconds <= begun)[known].all()
+    assert (seconds[1:] >= np.array(begun[:-1]) - 1e-3)[known[1:]].all()
 
 
 def test_every_and_paused_reach_a_captured_graph():

@@ -187,7 +187,7 @@ def test_a_wrong_line_says_what_is_wrong(run: Run, line: str, message: str) -> N
 def test_trace_of_a_language_model(run: Run, llama: Path, tmp_path: Path) -> None:
     done = run("trace", "--model", llama, "--prompt", ONCE, "--max-new-tokens", 6, "--out", tmp_path)
     assert done.code == 0
-    assert done.out.startswith("Trace of 6 steps x 5 layers x 7 stats\n")
+    assert re.match(r"Trace of 6 steps x 5 layers x 7 stats, \S+ m?s per step\n", done.out)
     trace, soulprint = noesis.Trace.load(tmp_path), noesis.Soulprint.load(tmp_path)
     assert f"noesis: wrote {tmp_path / 'trace.safetensors'}" in done.err
     assert f"noesis: wrote {tmp_path / 'soulprint.safetensors'}" in done.err

@@ -201,8 +201,8 @@ def _older(before: Floats) -> Floats:
 
 
 def _known(trace: Trace, steps: Ints, names: list[str]) -> Floats:
-    """What a trace knows of these steps [steps, STEP]; NaN of those that it has not."""
-    known = np.full((len(steps), layout.STEP), np.nan)
+    """What a trace knows of these steps [steps, KNOWN]; NaN of those that it has not."""
+    known = np.full((len(steps), layout.KNOWN), np.nan)
     _, there, here = np.intersect1d(steps, trace.steps, return_indices=True)
     known[there] = to_known(trace, here, names)
     return known

@@ -17,9 +17,9 @@ BASE = float(1 << 24)
 CONTROL = 9
 FORWARDS, OBSERVED, EVERY, ENABLED, ACTIVE, SLOT, SEQUENCE, FOLDED, FOLD = range(CONTROL)
 
-#: What is known of each step.
-STEP = 4
-NUMBER, TIMESTEP, BRANCH, BATCH = range(STEP)
+#: What is known of each step on the device, and with the host's part.
+STEP, KNOWN = 4, 5
+NUMBER, TIMESTEP, BRANCH, BATCH, SECONDS = range(KNOWN)
 
 #: Beside the merged row, totals hold what a soulprint averages: steps, sum of means, sum of stds.
 TOTALS = len(FIELDS) + 3

@@ -42,7 +42,7 @@ FOLDED_ROWS = 1 << 14
 class Reading:
     """Everything a recorder knows, on the host."""
 
-    steps: Floats  # [steps, STEP]
+    steps: Floats  # [steps, KNOWN]
     rows: Floats  # [steps, 1 + samples, layers, FIELDS]; entry 0 is the whole, not the remainder
     totals: Floats  # [1 + samples, layers, TOTALS], over all steps of the run
     dropped: int  # steps the ring no longer holds

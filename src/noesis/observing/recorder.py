@@ -11,6 +11,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from ..errors import NoesisError, WrongState
 from ..internals import LISTENERS, stays, undisturbed
 from ..kernels import layout, rows
 from ..kernels.layout import CONTROL, EVERY, FOLD, FOLDED, FORWARDS, OBSERVED
-from ..kernels.stepping import add_steps, merge_totals, with_whole
+from ..kernels.stepping import Clock, add_steps, merge_totals, with_whole
 from ..layers import Router
 from ..numerics import Floats
 from ..results import Routes, Trace, from_known, from_rows, stats_of
@@ -59,6 +60,7 @@ class Recorder:
         self.every = every
         self.paused = False
         self.pauses = 0  # that have been entered and not left, in whatever order
+        self.clock = Clock(capacity, every)
         self.forwards = 0  # that the host has begun, to leave out what `every` leaves out without asking the device
         self.skipping = False  # inside a forward that `every` leaves out
         self.switch = Switch()
@@ -89,6 +91,7 @@ class Recorder:
     def _listen(self) -> None:
         self.key = uuid.uuid4().hex  # a string, which compiled code takes for a constant
         LISTENERS[self.key] = self
+        self.clock.follow(self.banks[0].control)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "observed": []}  # the modules of a copy are not these
@@ -110,26 +113,29 @@ class Recorder:
         if self.off_record is not None:
             self.forwards_off_the_record += 1
             return
-        if torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if compiling:
             self.on_device = True
         else:
-            self.skipping = self._leaves_out()
+            now, capturing = perf_counter(), self.capturing()
+            self.skipping = self._leaves_out(capturing)
             self._settle()
         name = self.branch
-        if name is None and not torch.compiler.is_compiling() and self.branch_of is not None:
+        if name is None and not compiling and self.branch_of is not None:
             name = self.branch_of(batch)
             if name is not None and name not in self.branches:
                 self.branches.append(name)
         branch = -1 if name is None else self.branches.index(name)
-        if isinstance(timestep, Tensor) and not torch.compiler.is_compiling():
+        if isinstance(timestep, Tensor) and not compiling:
             self.bank(timestep.device)  # so that the timestep never has to leave its device
         for bank in self.banks:
             here = not isinstance(timestep, Tensor) or timestep.device == bank.device
             bank.begin(timestep if here else None, branch, batch)
             if bank.routes is not None:
                 bank.routes.begin(bank.control)
-        if not torch.compiler.is_compiling():
+        if not compiling:
             self.forwards += 1  # now that the devices have counted it
+            self.clock.tick(now, capturing)
             if self.gradients is not None:
                 self.gradients.begin(None, batch)
 
@@ -215,10 +221,11 @@ class Recorder:
             bank.control[FOLD] = 1  # the totals of all hold the same steps
         return len(self.banks) - 1
 
-    def _leaves_out(self) -> bool:
+    def _leaves_out(self, capturing: bool) -> bool:
         """Whether this forward is none of the n-th, as far as the host can know."""
-        if self.capturing():
-            self.on_device = True  # a graph asks the device at every replay
+        if capturing and not self.on_device:
+            self.clock.settle(self.clock.begun)  # the host began all forwards until here, but a graph will begin others
+            self.on_device = True  # it asks the device at every replay
         return not self.on_device and self.forwards % self.every != 0
 
     def _samples(self, x: Tensor, bank: Bank) -> int:
@@ -257,7 +264,7 @@ class Recorder:
         """Stop observing, or go on."""
         if paused == self.paused:
             return
-        self.paused = paused
+        self.paused = self.clock.paused = paused
         self._settle()
         with undisturbed():
             for bank in self.banks:
@@ -291,7 +298,7 @@ class Recorder:
         with undisturbed():
             for bank in self.banks:
                 bank.control[EVERY] = every
-        self.every = self.settings["every"] = every
+        self.every = self.clock.every = self.settings["every"] = every
         if self.gradients is not None:
             self.gradients.set_every(every)
 
@@ -300,6 +307,7 @@ class Recorder:
         with undisturbed():
             for bank in self.banks:
                 bank.clear()
+        self.clock.restart()
         self.forwards = 0
         self.evidence = self.evidence.afresh()
         if self.channels is not None:
@@ -355,7 +363,9 @@ class Recorder:
                 [_padded(bank.totals.cpu().numpy().astype(np.float64), 0, samples) for bank in self.banks]
             )
         every_row = rows.combine(np.stack(fetched))
+        self.clock.settle(int(control[FORWARDS]))
         steps = np.concatenate([steps[slots], [[control[FORWARDS], np.nan, -1, 0]]])
+        steps = np.column_stack([steps, self.clock.seconds(steps[:, layout.NUMBER])])
         held = every_row[[*slots, capacity]] if since is None else every_row
         late = since is not None and since > control[FORWARDS]
         if late or not held[-1, ..., layout.CALLS].any():  # nothing was called since the last forward ended

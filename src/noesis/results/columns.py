@@ -27,7 +27,7 @@ class Column:
         axes: "steps", "layers", "stats", or a size.
         dtype: float for float64; int for int64 from 0; str for a list of names or None, in the header of files.
         field: which field of the rows [steps, layers, FIELDS] it is, if it is one.
-        known: which part of what is known of each step [steps, STEP] it is, if it is one; names are codes there.
+        known: which part of what is known of each step [steps, KNOWN] it is, if it is one; names are codes there.
         absent: what it is where nobody said, from which layers ran [steps, layers]; None where somebody has to.
         merged: for what is known of steps, that of all ranks from each rank's [ranks, steps], NaN where a rank lacks
             the step.
@@ -133,6 +133,7 @@ COLUMNS = (
     Column("timesteps", ("steps",), float, known=layout.TIMESTEP, absent=_nan, merged=_alike),
     Column("batches", ("steps",), int, known=layout.BATCH, absent=_zero, merged=_added),
     Column("branches", ("steps",), str, known=layout.BRANCH, absent=_nameless, merged=_alike),
+    Column("seconds", ("steps",), float, known=layout.SECONDS, absent=_nan, merged=_of_one_clock, optional=True),
 )
 
 
@@ -154,7 +155,7 @@ def to_rows(trace: Recorded, at: Ints) -> Floats:
 
 
 def from_known(known: Floats, names: Sequence[str]) -> dict[str, Any]:
-    """The columns of what is known of steps [steps, STEP], by name; a code is a position in `names`, none -1 or NaN."""
+    """The columns of what is known of steps [steps, KNOWN], by name; codes count `names`, and none is -1 or NaN."""
     columns: dict[str, Any] = {}
     for column in COLUMNS:
         if column.known is not None:
@@ -173,9 +174,9 @@ def names_of(trace: Recorded) -> list[str]:
 
 
 def to_known(trace: Recorded, at: Ints, names: Sequence[str]) -> Floats:
-    """What is known of a trace's steps at these positions [len(at), STEP]."""
+    """What is known of a trace's steps at these positions [len(at), KNOWN]."""
     codes = {name: code for code, name in enumerate(names)}
-    known = np.full((len(at), layout.STEP), np.nan)
+    known = np.full((len(at), layout.KNOWN), np.nan)
     for column in COLUMNS:
         if column.known is not None:
             told = getattr(trace, column.name)
@@ -184,7 +185,7 @@ def to_known(trace: Recorded, at: Ints, names: Sequence[str]) -> Floats:
 
 
 def merged_known(parts: Floats) -> tuple[Floats, list[str]]:
-    """What all ranks together know of steps, from each rank's [ranks, steps, STEP], and where they differ."""
+    """What all ranks together know of steps, from each rank's [ranks, steps, KNOWN], and where they differ."""
     known, differing = np.full(parts.shape[1:], np.nan), []
     for column in COLUMNS:
         if column.known is not None and column.merged is not None:

@@ -39,6 +39,8 @@ class Trace(Saved):
         steps: int [steps], the number of the forward each step was, from 0.
         timesteps: float64 [steps], the denoiser's timestep; NaN where the model has none.
         branches: guidance branch of each step, or None.
+        seconds: float64 [steps], from the begin of the run to that of the step, by the clock of the host, which
+            may run ahead of a GPU; NaN where it is not known, as of the replays of a CUDA graph.
         batches: int [steps], the batch size of each forward.
         order: int [steps, layers], when a layer first ran within the step, from 1; 0 if it did not.
         calls: int [steps, layers], how often it ran within the step.
@@ -74,6 +76,7 @@ class Trace(Saved):
     timesteps: Floats
     batches: Ints
     branches: list[str | None]
+    seconds: Floats
     dropped_steps: int = 0
     unmeasured: dict[str, str] = field(default_factory=dict)
     samples: list[Trace] = field(default_factory=list)
@@ -103,6 +106,15 @@ class Trace(Saved):
     def _ran(self) -> NDArray[np.bool_]:
         """Which layers gave any element at all, finite or not."""
         return (self.averages[:, 0] > 0) | (self.totals[:, self._stat("nonfinite")] > 0)
+
+    @property
+    def _seconds_per_step(self) -> float | None:
+        """From the begin of a step to that of the next, in the median; the first, which may compile, is left out."""
+        timed = np.isfinite(self.seconds)
+        passed, steps = np.diff(self.seconds[timed])[1:], np.diff(self.steps[timed])[1:]
+        if not len(steps) or (steps <= 0).any() or (passed < 0).any():  # files may hold anything
+            return None
+        return float(np.median(passed / steps))
 
     def first_nonfinite(self) -> tuple[int, str] | None:
         """Step and layer of the first NaN or infinity, in order of execution; None if there is none.
@@ -352,6 +364,8 @@ class Trace(Saved):
 
     def __repr__(self) -> str:
         head = f"Trace of {counted(len(self), 'step')} x {counted(len(self.layers), 'layer')} x {len(self.stats)} stats"
+        if (pace := self._seconds_per_step) is not None:
+            head += f", {pace:.3g} s per step" if pace >= 1 else f", {1000 * pace:.3g} ms per step"
         if self.dropped_steps:
             head += f" ({self.dropped_steps} earlier steps are in the totals only)"
         if self.samples:

@@ -14,9 +14,12 @@ State of a bank, all on one device and only ever changed in place:
 
 from __future__ import annotations
 
+from time import perf_counter
+
 from torch import Tensor
 
 from ..dispatch import has_triton, register
+from .clock import begun_compiled
 from .reference import begin_cpu, begin_reference, end
 
 
@@ -59,14 +62,31 @@ def _begin_op_cpu(
     control: Tensor,
     _scratch: Tensor,
 ) -> None:
+    now = perf_counter()
     begin_cpu(float(timestep), branch, batch, slab.numpy(), totals.numpy(), steps.numpy(), control.numpy())
+    begun_compiled(control, now)
+
+
+def _begin_op_anywhere(
+    timestep: Tensor,
+    branch: int,
+    batch: int,
+    slab: Tensor,
+    totals: Tensor,
+    steps: Tensor,
+    control: Tensor,
+    scratch: Tensor,
+) -> None:
+    now = perf_counter()
+    begin_anywhere(timestep, branch, batch, slab, totals, steps, control, scratch)
+    begun_compiled(control, now)
 
 
 register(
     "begin(Tensor timestep, int branch, SymInt batch, "
     "Tensor(a!) slab, Tensor(b!) totals, Tensor(c!) steps, Tensor(d!) control, Tensor(e!) scratch)",
     cpu=_begin_op_cpu,
-    anywhere=begin_anywhere,
+    anywhere=_begin_op_anywhere,
 )
 
 

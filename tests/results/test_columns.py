@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import noesis
+from helpers.checkout import ROOT
 from noesis.distributed import merge
 from noesis.results import COLUMNS
 from noesis.results.columns import Column
 
-DOCS = Path(__file__).parents[1] / "docs" / "files.md"
+DOCS = ROOT / "docs" / "files.md"
 #: Follow from the rows of the steps, and from those that the ring has dropped.
 MEASURED = {"values", "totals", "averages"}
 #: What a trace holds beside its columns.
