@@ -48,6 +48,17 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
+def first_few(names: Sequence[str]) -> str:
+    """Names on one line: of many the first six, and how many there are.
+
+    Example:
+        >>> from noesis.text import first_few
+        >>> first_few(["fc1", "fc2"]), first_few("abcdefgh")
+        ('fc1, fc2', 'a, b, c, d, e, f, ... (8)')
+    """
+    return (", ".join(names[:6]) + (f", ... ({len(names)})" if len(names) > 6 else "")) or "none"
+
+
 def csv_quoting(texts: Iterable[str]) -> Literal[0, 1]:
     """How to quote CSV whose lines end in a newline alone: csv itself would leave carriage returns in a name bare."""
     return csv.QUOTE_ALL if any("\r" in text for text in texts) else csv.QUOTE_MINIMAL

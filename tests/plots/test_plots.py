@@ -20,8 +20,8 @@ from matplotlib.image import imread
 
 import noesis
 from helpers.processes import in_threads, python
+from noesis import plots
 from noesis.errors import BadValue, MissingExtra
-from noesis.plots import figures as plots
 from noesis.plots import style
 
 #: What formulas, formats, legends and fonts are made to trip over.

@@ -15,8 +15,9 @@ from torch import Tensor
 
 import noesis
 from noesis.errors import BadFile, BadType, BadValue, MissingFile
+from noesis.numerics import cosine_delta
 from noesis.results import Activations, TokenDeltas, token_deltas
-from noesis.results.tokens import NOISE, cosine_delta
+from noesis.results.tokens import NOISE
 from noesis.wrapping import capture
 
 BEFORE = "Once upon a time, there was a little girl named Lily. She loved the big dog."

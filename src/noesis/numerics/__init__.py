@@ -3,6 +3,7 @@
 from .alignment import Token, align
 from .arrays import Floats, Ints, as_floats, no_nan
 from .clustering import k_means, spread_start
+from .cosine import cosine_delta
 from .sampling import Reservoir
 from .significance import benjamini_hochberg, layer_tests
 
@@ -14,6 +15,7 @@ __all__ = [
     "align",
     "as_floats",
     "benjamini_hochberg",
+    "cosine_delta",
     "k_means",
     "layer_tests",
     "no_nan",

@@ -1,11 +1,11 @@
 """Pictures from plain arrays."""
 
-from .figures import bars, draw_effects, draw_heat_map, effects, heat_map, histograms
-from .style import LOUD, MISSING, SOFT, new_figure, shortened, thinned, write_figure
+from .heat_maps import draw_heat_map, heat_map, token_map
+from .layer_bars import bars, draw_effects, effects
+from .score_histograms import histograms
+from .style import SOFT, new_figure, shortened, thinned, write_figure
 
 __all__ = [
-    "LOUD",
-    "MISSING",
     "SOFT",
     "bars",
     "draw_effects",
@@ -16,5 +16,6 @@ __all__ = [
     "new_figure",
     "shortened",
     "thinned",
+    "token_map",
     "write_figure",
 ]

@@ -1,4 +1,9 @@
-"""How noesis' pictures look: colours, frames, labels, files."""
+"""How noesis' pictures look: colours, frames, labels, files. They need the extra `viz`.
+
+Every picture is a `matplotlib.figure.Figure` of its own: pyplot and its global state stay out, and
+colours and sizes are set here, whatever the style of the session. Layer names are data: no mathtext,
+no TeX, no line breaks.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ from .routes import Routes
 from .soulprint import Soulprint
 from .statistics import ALWAYS, OPTIONAL, fields_of, stats_of
 from .surprise import LayerSurprise, Reason, Surprise
-from .tokens import TokenDeltas, token_deltas
+from .token_comparison import token_deltas
+from .tokens import TokenDeltas
 from .trace import Trace
 
 __all__ = [
