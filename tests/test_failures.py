@@ -268,7 +268,7 @@ class Interrupt:
         return self._line
 
 
-FITTING = ("scorer.py", "codebook.py", "calibration.py", "clustering.py", "calibration_file.py")
+FITTING = ("scorer.py", "layer_codebook.py", "calibration.py", "clustering.py", "calibration_file.py")
 
 
 @pytest.mark.parametrize("how", ["calibrate", "load"])

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import noesis
-from noesis.surprise.calibration import Doubt, Ranks, combine, split
+from noesis.surprise.calibration import Doubt, ReferenceScores, combine, split
 
 from .sets import Case
 
@@ -109,7 +109,7 @@ def judge_tokens(case: Case) -> dict[str, dict[str, Floats]]:
     found: dict[str, dict[str, Floats]] = {"last layer": {}, "mean over layers": {}, "combined": {}}
     with calibrated(case, noesis.Codebook(positions="each"), case.fit) as wrapped:
         nats, energy = token_lengths(wrapped, case, ranking)
-        ranks, doubt = [Ranks.of(row) for row in nats], Doubt.of(energy)
+        ranks, doubt = [ReferenceScores.of(row) for row in nats], Doubt.of(energy)
         for name, inputs in {"test": case.test, **case.out}.items():
             nats, energy = token_lengths(wrapped, case, inputs)
             surprisals = np.stack([rank.surprisal(row) for rank, row in zip(ranks, nats, strict=True)], 1)

@@ -18,7 +18,7 @@ import noesis
 from noesis.kernels.pooling import pooled
 from noesis.layers import hidden_state
 from noesis.surprise import LayerCodebook
-from noesis.surprise.calibration import Doubt, Ranks, combine, split
+from noesis.surprise.calibration import Doubt, ReferenceScores, combine, split
 from noesis.surprise.scorer import less_rounding
 
 from .detector import batches
@@ -117,11 +117,11 @@ def scores(variant: Variant, names: list[str], sets: dict[str, Vectors], seed: i
             coded = book.code(torch.from_numpy(undirected(values, scale)).float())
             nats = sum(getattr(coded, part).double() for part in variant.parts).numpy()
             lengths[name].append(nats if name == "fit" else less_rounding(nats, book))
-        ranks.append(Ranks.of(lengths["fit"][-1][rank]))
+        ranks.append(ReferenceScores.of(lengths["fit"][-1][rank]))
     doubt = None
     if variant.doubt is not None:
         known = fit.doubt[variant.doubt][np.concatenate([learn, rank])]
-        doubt = (Doubt if variant.two_sided else Ranks).of(known)
+        doubt = (Doubt if variant.two_sided else ReferenceScores).of(known)
     counted = [*range(len(names) - 1), len(names)] if variant.head and not variant.beside else range(len(ranks))
     found = {}
     for name, nats in lengths.items():

@@ -17,7 +17,7 @@ from noesis.kernels.pooling import op as pooling
 from noesis.kernels.pooling import pooled
 from noesis.kernels.pooling import reference as pooling_reference
 from noesis.surprise import Codebook, LayerCodebook
-from noesis.surprise.codebook import shrunk
+from noesis.surprise.layer_codebook import shrunk
 
 PARTS = ("mixture", "residual", "norm", "distance")
 

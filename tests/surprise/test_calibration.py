@@ -11,7 +11,7 @@ import torch
 from noesis.errors import NoesisError
 from noesis.results import Surprise
 from noesis.surprise import Calibration, Codebook, Collected, Scorer
-from noesis.surprise.calibration import LEAST, Doubt, Ranks, combine, p_values, split
+from noesis.surprise.calibration import LEAST, Doubt, ReferenceScores, combine, p_values, split
 
 
 def inputs(generator: np.random.Generator, count: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -88,16 +88,16 @@ def test_p_values_are_ranks_with_the_new_score_among_them():
 
 
 def test_tails_keep_the_order_of_extremes():
-    ranks = Ranks.of(np.random.default_rng(0).exponential(size=500))
+    ranks = ReferenceScores.of(np.random.default_rng(0).exponential(size=500))
     scores = np.array([0.0, 1.0, 3.0, 5.0, 10.0, 1e3, 1e6, np.inf])
     surprisal = ranks.surprisal(scores)
     assert (np.diff(surprisal) >= 0).all()
     assert surprisal[-1] == np.inf
     # -log p of an exponential is the score itself, on which the tail was fitted
     np.testing.assert_allclose(surprisal[3:5], scores[3:5], rtol=0.2)
-    few = Ranks.of(np.arange(30.0))
+    few = ReferenceScores.of(np.arange(30.0))
     assert few.share == pytest.approx(1 / 3)
-    assert Ranks.of(np.full(50, 2.0)).surprisal(np.array([2.0, 3.0]))[1] > 100
+    assert ReferenceScores.of(np.full(50, 2.0)).surprisal(np.array([2.0, 3.0]))[1] > 100
     assert np.isnan(ranks.surprisal(np.array([np.nan]))).sum() == 0
 
 
@@ -164,7 +164,7 @@ def test_logits_that_are_not_finite_are_strange_on_both_sides():
 
 
 def test_classes_have_p_values_of_their_own():
-    calibration = Calibration(["a"], {"a": Ranks.of(np.arange(50.0))}, None, (1, 1, 40))
+    calibration = Calibration(["a"], {"a": ReferenceScores.of(np.arange(50.0))}, None, (1, 1, 40))
     predicted = np.array([0] * 30 + [1] * 8 + [2] * 25)
     scores = np.where(predicted == 2, 100.0, 0.0) + np.arange(63)
     calibration.settle(scores, predicted)

@@ -166,8 +166,8 @@ class TokenDeltas(Saved):
         ]
         for run, unpaired in (("a", self.tokens_only_in_a), ("b", self.tokens_only_in_b)):
             if unpaired:
-                where = [f"{token!r} at {position}" for position, token in unpaired]
-                lines.append(f"tokens only in {run}: {first_few(where)}")
+                shown = [f"{token!r} at {position}" for position, token in unpaired]
+                lines.append(f"tokens only in {run}: {first_few(shown)}")
         for run, names in (("a", self.only_in_a), ("b", self.only_in_b)):
             if names:
                 lines.append(f"layers only in {run}: {first_few([plain(name) for name in names])}")

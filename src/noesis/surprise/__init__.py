@@ -10,9 +10,10 @@ from .calibration_file import (
     unpack_codes,
     written_calibration,
 )
-from .codebook import Codebook, LayerCodebook
+from .codebook import Codebook
 from .collection import Collection, Store
 from .drift import DriftMonitor
+from .layer_codebook import LayerCodebook
 from .nervecode import Ambiguity, SoftCode
 from .scorer import Scorer
 from .vectors import Collected, Kept

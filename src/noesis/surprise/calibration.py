@@ -36,7 +36,7 @@ LEAST_OF_CLASS = 20
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ReferenceScores:
     """The scores of one layer on calibration samples."""
 
     scores: Floats  # sorted
@@ -46,7 +46,7 @@ class Ranks:
     usual: tuple[float, float, float] = (0.0, 0.0, 0.0)  # medians of the parts of a code length
 
     @classmethod
-    def of(cls, scores: Floats, usual: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> Ranks:
+    def of(cls, scores: Floats, usual: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> ReferenceScores:
         """Of scores [n], in any order."""
         ordered = np.sort(no_nan(scores))
         share = max(TAIL, min(0.5, TAIL_POINTS / len(ordered)))
@@ -84,13 +84,13 @@ class Doubt:
     or louder than usual inflate logits.
     """
 
-    unsure: Ranks
-    sure: Ranks
+    unsure: ReferenceScores
+    sure: ReferenceScores
 
     @classmethod
     def of(cls, doubt: Floats) -> Doubt:
         """Of minus the energies [n]."""
-        return cls(Ranks.of(doubt), Ranks.of(-doubt))
+        return cls(ReferenceScores.of(doubt), ReferenceScores.of(-doubt))
 
     def surprisal(self, doubt: Floats, slack: Floats | float = 0.0) -> Floats:
         """In nats; as of a layer, and for confidence what exceeds -log 0.01; less what may be rounding, the slack."""
@@ -137,7 +137,7 @@ class Calibration:
     """
 
     layers: list[str]
-    ranks: dict[str, Ranks]
+    references: dict[str, ReferenceScores]
     doubt: Doubt | None
     samples: tuple[int, int, int]
     scores: Floats = field(default_factory=lambda: np.zeros(0))
@@ -149,7 +149,7 @@ class Calibration:
 
     def surprisals(self, nats: Mapping[str, Floats]) -> dict[str, Floats]:
         """-log p of the code lengths [N] of each layer that ran."""
-        return {name: self.ranks[name].surprisal(nats[name]) for name in self.layers if name in nats}
+        return {name: self.references[name].surprisal(nats[name]) for name in self.layers if name in nats}
 
     def score(self, surprisals: Mapping[str, Floats], doubt: Floats | None) -> Floats:
         """The combined score [N] of the layers' surprisals and the logits' own measure."""

@@ -12,8 +12,9 @@ import torch
 
 from .. import files
 from ..errors import BadFile, BadValue, WrongState
-from .calibration import OTHERS, Calibration, Doubt, Ranks
-from .codebook import Codebook, LayerCodebook
+from .calibration import OTHERS, Calibration, Doubt, ReferenceScores
+from .codebook import Codebook
+from .layer_codebook import LayerCodebook
 from .scorer import Scorer
 
 KIND, CODES = "calibration", "codebooks"
@@ -36,10 +37,10 @@ def written_calibration(scorer: Scorer) -> tuple[files.Arrays, dict[str, Any]]:
     for index, name in enumerate(calibration.layers):
         for part, array in scorer.books[name].arrays().items():
             arrays[f"{index}.{part}"] = array
-        arrays.update(_of_ranks(f"{index}.ranks", calibration.ranks[name]))
+        arrays.update(_of_reference(f"{index}.ranks", calibration.references[name]))
     if calibration.doubt is not None:
-        arrays.update(_of_ranks("unsure", calibration.doubt.unsure))
-        arrays.update(_of_ranks("sure", calibration.doubt.sure))
+        arrays.update(_of_reference("unsure", calibration.doubt.unsure))
+        arrays.update(_of_reference("sure", calibration.doubt.sure))
     for label, scores in (calibration.classes or {}).items():
         arrays[f"class.{label}"] = scores
     header: dict[str, Any] = {
@@ -120,8 +121,8 @@ def read_calibration(
     classes = header["classes"]
     calibration = Calibration(
         names,
-        {name: _to_ranks(f"{index}.ranks", arrays) for index, name in enumerate(names)},
-        Doubt(_to_ranks("unsure", arrays), _to_ranks("sure", arrays)) if header["logits"] else None,
+        {name: _to_reference(f"{index}.ranks", arrays) for index, name in enumerate(names)},
+        Doubt(_to_reference("unsure", arrays), _to_reference("sure", arrays)) if header["logits"] else None,
         (fit, rank, last),
         scores,
         None if classes is None else {int(label): _sorted(arrays[f"class.{label}"]) for label in classes},
@@ -208,17 +209,17 @@ def _check(scorer: Scorer, calibration: Calibration, header: dict[str, Any]) -> 
         )
 
 
-def _of_ranks(prefix: str, ranks: Ranks) -> files.Arrays:
-    tail = np.array([ranks.start, ranks.share, ranks.scale, *ranks.usual])
-    return {f"{prefix}.scores": ranks.scores, f"{prefix}.tail": tail}
+def _of_reference(prefix: str, reference: ReferenceScores) -> files.Arrays:
+    tail = np.array([reference.start, reference.share, reference.scale, *reference.usual])
+    return {f"{prefix}.scores": reference.scores, f"{prefix}.tail": tail}
 
 
-def _to_ranks(prefix: str, arrays: files.Arrays) -> Ranks:
+def _to_reference(prefix: str, arrays: files.Arrays) -> ReferenceScores:
     start, share, scale, mixture, residual, norm = (float(value) for value in arrays[f"{prefix}.tail"])
     usual = (mixture, residual, norm)
     if not (0 < share <= 1 and 0 < scale < np.inf and np.isfinite(start)) or np.isnan(usual).any():
         raise ValueError(f"a tail of {share} with scale {scale} from {start}")
-    return Ranks(_sorted(arrays[f"{prefix}.scores"]), start, share, scale, usual)
+    return ReferenceScores(_sorted(arrays[f"{prefix}.scores"]), start, share, scale, usual)
 
 
 def _sorted(scores: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import BadValue
 from ..kernels.coding import code_reference, directions
 from ..numerics import Floats
-from .codebook import LayerCodebook
+from .layer_codebook import LayerCodebook
 
 
 @dataclass(frozen=True)

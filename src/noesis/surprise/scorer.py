@@ -17,8 +17,9 @@ from ..errors import WrongState
 from ..kernels.coding import Coded
 from ..numerics import Floats, no_nan
 from ..results import LayerSurprise, Surprise
-from .calibration import Calibration, Doubt, Ranks, split
-from .codebook import ROUNDING, Codebook, LayerCodebook
+from .calibration import Calibration, Doubt, ReferenceScores, split
+from .codebook import Codebook
+from .layer_codebook import ROUNDING, LayerCodebook
 from .vectors import Collected, Kept
 
 #: Without calibration the first forward that is judged gives the codes, if it has as many samples.
@@ -108,7 +109,7 @@ class Scorer:
         nats = {name: less_rounding(layer.code_length, self.books[name]) for name, layer in layers.items()}
         surprisals = calibration.surprisals(nats)
         layers = {
-            name: ranked(layer, nats[name], calibration.ranks[name], surprisals[name])
+            name: ranked(layer, nats[name], calibration.references[name], surprisals[name])
             for name, layer in layers.items()
             if name in surprisals
         }
@@ -146,16 +147,16 @@ class Scorer:
         generator = np.random.default_rng(self.settings.seed)
         fit, rank, last = split(len(next(iter(vectors.values())).values), generator)
         books = {name: self._fitted(name, values, fit, labels, generator) for name, values in vectors.items()}
-        ranks = {}
+        references = {}
         for name, values in vectors.items():
             coded = code_values(books[name], values[rank])
             usual = tuple(float(np.median(part)) for part in (coded.mixture, coded.residual, coded.norm))
-            ranks[name] = Ranks.of(coded.code_length, usual)  # type: ignore[arg-type]
+            references[name] = ReferenceScores.of(coded.code_length, usual)  # type: ignore[arg-type]
         doubt = None
         if logits is not None:
             doubt = Doubt.of(logits[np.concatenate([fit, rank]), 0])  # nothing is fitted for it
         made = Calibration(
-            list(vectors), ranks, doubt, (len(fit), len(rank), len(last)), counted=self._counted(vectors)
+            list(vectors), references, doubt, (len(fit), len(rank), len(last)), counted=self._counted(vectors)
         )
         nats = {name: code_values(books[name], values[last]).code_length for name, values in vectors.items()}
         scores = made.score(made.surprisals(nats), None if logits is None else logits[last, 0])
@@ -319,9 +320,9 @@ def less_rounding(nats: Floats, book: LayerCodebook) -> Floats:
     return np.where(np.isfinite(nats), nats - book.rounding(np.where(np.isfinite(nats), nats, 0.0)), nats)
 
 
-def ranked(layer: LayerSurprise, nats: Floats, ranks: Ranks, surprisal: Floats) -> LayerSurprise:
+def ranked(layer: LayerSurprise, nats: Floats, reference: ReferenceScores, surprisal: Floats) -> LayerSurprise:
     """A layer's word with what it means against the calibration samples."""
-    values = {**vars(layer), "surprisal": surprisal, "p_value": ranks.p_value(nats), "usual": ranks.usual}
+    values = {**vars(layer), "surprisal": surprisal, "p_value": reference.p_value(nats), "usual": reference.usual}
     return LayerSurprise(**values)
 
 
