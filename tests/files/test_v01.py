@@ -7,8 +7,10 @@ import gzip
 import json
 import math
 import shutil
+import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import noesis
 from noesis.errors import BadFile, BadValue, MissingFile, NoesisError
-from noesis.files import v01
+from noesis.files import bounded_json, v01
 from noesis.files.v01 import Print, Run
+from noesis.results import load_run, load_runs
 
 REAL = [("run_a", "1795207852"), ("run_b", "1795207854")]
 STATS = ("mean", "std", "abs_mean", "min", "max")
@@ -167,24 +171,97 @@ def test_a_run_rewritten_is_the_same(data: Path, tmp_path: Path, single_file: bo
         assert written == originals
 
 
-@pytest.mark.data
-def test_many_runs_of_one_folder_are_read_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not every file for every run."""
-    from noesis.files.v01 import traces
-    from noesis.results import load_runs
+class Reading:
+    """Counts how often files below a folder are opened, and how often their JSON is parsed."""
 
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        self.opened: Counter[str] = Counter()
+        self.parsed: Counter[str] = Counter()
+        sys.addaudithook(self._heard)  # which cannot be taken back, so it is there once for all tests
+
+    def clear(self) -> None:
+        self.opened, self.parsed = Counter(), Counter()
+
+    def _heard(self, event: str, given: tuple[Any, ...]) -> None:
+        if event == "open" and self.folder is not None and isinstance(given[0], (str, Path)):
+            path = Path(given[0])
+            if path.parent == self.folder:
+                self.opened[path.name] += 1
+
+
+_READING = Reading()
+
+
+@pytest.fixture
+def reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reading]:
+    parse = bounded_json.parsed
+
+    def counted(text: str, size: int, path: Any, **options: Any) -> Any:
+        _READING.parsed[Path(path).name] += 1
+        return parse(text, size, path, **options)
+
+    monkeypatch.setattr(bounded_json, "parsed", counted)
+    _READING.folder = tmp_path
+    _READING.clear()
+    yield _READING
+    _READING.folder = None
+
+
+def test_many_runs_of_one_folder_are_read_file_by_file(tmp_path: Path, reading: Reading) -> None:
+    """Not every file for every run."""
     for number in range(4):
         run = Run(f"r{number}", {}, ["a", "b"], [0, 1, 2], np.full((3, 2, 5), float(number)), np.full((3, 2), 8.0))
         v01.write_run(run, tmp_path)
-    read: list[Path] = []
-    reader = traces.read_typed
-    monkeypatch.setattr(traces, "read_typed", lambda path, kind: read.append(path) or reader(path, kind))
+    reading.clear()
     found = load_runs(tmp_path)
     assert [trace.meta["run"] for trace in found] == ["r0", "r1", "r2", "r3"]
     assert [trace.layer("b")[0, 1] for trace in found] == [0, 1, 2, 3]
-    assert len(read) == len(set(read)) == 12
+    assert len(reading.opened) == 12
+    assert set(reading.opened.values()) == set(reading.parsed.values()) == {1}
 
 
+def single_trace(folder: Path) -> Path:
+    return put(folder / "unet_trace_r.json", trace([record("a"), record("act"), record("act")]))
+
+
+@pytest.mark.parametrize(
+    ("made", "load"),
+    [
+        (single_trace, load_run),
+        (single_trace, noesis.Trace.load),
+        (lambda folder: put(folder / "s.json", soulprint({"a": 0}, 1)), load_run),
+        (lambda folder: put(folder / "s.json", soulprint({"a": 0}, 1)), noesis.Soulprint.load),
+        (
+            lambda folder: noesis.Trace._from_v01(v01.read_run(single_trace(folder))).save(folder / "t.json.gz"),
+            load_run,
+        ),
+        (lambda folder: noesis.Soulprint([1.0], [2.0], ["a"]).save(folder / "p.json"), load_run),
+        (lambda folder: noesis.Soulprint([1.0], [2.0], ["a"]).save(folder / "p.safetensors"), load_run),
+    ],
+)
+def test_a_file_is_opened_once_and_parsed_once(tmp_path: Path, reading: Reading, made: Any, load: Any) -> None:
+    path = made(tmp_path)
+    reading.clear()
+    load(path)
+    assert reading.opened == {path.name: 1}
+    # Of safetensors two JSON texts are parsed: the format's header, and noesis' within it.
+    assert reading.parsed == {path.name: 2 if path.suffix == ".safetensors" else 1}
+
+
+def test_all_files_of_a_folder_are_opened_once(tmp_path: Path, reading: Reading) -> None:
+    """Also traces that a soulprint beside them takes the names of its rows from, and files of other kinds."""
+    single_trace(tmp_path)
+    put(tmp_path / "soulprint.json", soulprint({"a": 0, "act": 2}, 3))
+    put(tmp_path / "other.json", soulprint({"a": 0, "act": 2}, 3, run_id="r"))
+    put(tmp_path / "config.json", {"values": ["x"], "means": {"a": "b"}})  # where a run would have numbers
+    noesis.Trace.load(tmp_path).save(tmp_path / "trace.safetensors")
+    reading.clear()
+    assert [type(run).__name__ for run in load_runs(tmp_path)] == ["Trace"]
+    assert reading.opened == dict.fromkeys((path.name for path in tmp_path.iterdir()), 1)
+
+
+@pytest.mark.data
 def test_two_runs_in_one_folder_are_told_apart(data: Path, tmp_path: Path) -> None:
     for name, _ in REAL:
         for path in (data / "noesis_v01" / name).glob("unet_trace_*"):

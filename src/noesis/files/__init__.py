@@ -1,13 +1,15 @@
 """Bytes, safetensors, JSON of strangers, log files, files of v0.1: formats, and no results."""
 
 from .atomic import PathLike, read_bytes, write_bytes
-from .bounded_json import NoArrayError, parsed
+from .bounded_json import parsed
+from .contents import Contents, read_contents
 from .formats import (
     Arrays,
     dump_json,
     is_json,
     load_tensors,
     pack_tensors,
+    parse_json,
     parse_tensors,
     read_header,
     read_json,
@@ -21,7 +23,7 @@ from .versions import check_header, heading
 
 __all__ = [
     "Arrays",
-    "NoArrayError",
+    "Contents",
     "PathLike",
     "check_header",
     "dump_json",
@@ -29,9 +31,11 @@ __all__ = [
     "is_json",
     "load_tensors",
     "pack_tensors",
+    "parse_json",
     "parse_tensors",
     "parsed",
     "read_bytes",
+    "read_contents",
     "read_header",
     "read_json",
     "reading_tensors",

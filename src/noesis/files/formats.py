@@ -53,12 +53,18 @@ def parse_tensors(data: bytes, kind: str, path: PathLike) -> tuple[Arrays, dict[
     """The same from bytes; `path` is what errors call them."""
     with reading_tensors(path, kind):
         header = read_header(data, path)
-        arrays = parse_safetensors(data)
+    return parse_arrays(data, kind, path), check_header(header, kind, path)
+
+
+def parse_arrays(data: bytes, kind: str, path: PathLike) -> Arrays:
+    """The arrays alone."""
+    with reading_tensors(path, kind):
+        arrays: Arrays = parse_safetensors(data)
         # As noesis writes them. Of bytes, float64 would be eight times the file.
         strange = [name for name, array in arrays.items() if array.dtype.kind not in "fiu" or array.dtype.itemsize < 4]
         if strange:
             raise TypeError(f"{strange[0]} is of dtype {arrays[strange[0]].dtype}")
-    return arrays, check_header(header, kind, path)
+    return arrays
 
 
 @contextmanager
@@ -147,21 +153,56 @@ def _packed(path: PathLike, text: str) -> bytes:
     return gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data
 
 
-def read_json(path: PathLike, *, numbers: Collection[str] = (), whole: bool = False) -> dict[str, Any]:
+def read_json(
+    path: PathLike, *, numbers: Collection[str] = (), whole: bool = False, strict: bool = True
+) -> dict[str, Any]:
     """The JSON object in a file, gzipped or not (told by its first bytes, not by its name).
 
-    Lists under these names in it are read as arrays of float64, or of `whole` numbers, at a fifth of the memory.
+    Args:
+        path: of the file.
+        numbers: names in the object under which lists are read as arrays of float64, at a fifth of the memory.
+        whole: as arrays of int64 instead.
+        strict: whether something else there is an error; if not, the whole object is then read as it is.
     """
-    data: bytes | bytearray = read_bytes(path)
+    with _reading_json(path):
+        text, size = _decoded(read_bytes(path), path)
+        try:
+            value = bounded_json.parsed(text, size, path, numbers=numbers, whole=whole)
+        except bounded_json.NoArrayError:
+            if strict:
+                raise
+            value = bounded_json.parsed(text, size, path)
+    return _object(value, path)
+
+
+def parse_json(text: str, where: PathLike, *, numbers: Collection[str] = (), whole: bool = False) -> dict[str, Any]:
+    """The same from text; errors call it `where`."""
+    with _reading_json(where):
+        size = len(text.encode("utf-8", "surrogatepass"))
+        value = bounded_json.parsed(text, size, where, numbers=numbers, whole=whole)
+    return _object(value, where)
+
+
+def _decoded(data: bytes | bytearray, path: PathLike) -> tuple[str, int]:
+    """The text of a file, and how many bytes of JSON it is."""
+    if data[:2] == b"\x1f\x8b":
+        data = bounded_json.unpacked(data, path)
+    bounded_json.check_size(data, path)
+    return str(data, json.detect_encoding(data), "surrogatepass"), len(data)
+
+
+def _object(value: Any, path: PathLike) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise BadFile(f"{path} holds a JSON {type(value).__name__}", "a JSON object", "Check the path")
+    return value
+
+
+@contextmanager
+def _reading_json(path: PathLike) -> Iterator[None]:
+    """Have what can be wrong with JSON be an error of noesis."""
     try:
-        if data[:2] == b"\x1f\x8b":
-            data = bounded_json.unpacked(data, path)
-        size = len(data)
-        bounded_json.check_size(data, path)
-        text = str(data, json.detect_encoding(data), "surrogatepass")
-        del data  # before there is as much again, and more
-        value = bounded_json.parsed(text, size, path, numbers=numbers, whole=whole)
-    except BadFile:
+        yield
+    except NoesisError:
         raise
     except bounded_json.NoArrayError as error:
         raise BadFile(
@@ -173,6 +214,3 @@ def read_json(path: PathLike, *, numbers: Collection[str] = (), whole: bool = Fa
             "a noesis JSON file",
             "It may be truncated; write it again",
         ) from None
-    if not isinstance(value, dict):
-        raise BadFile(f"{path} holds a JSON {type(value).__name__}", "a JSON object", "Check the path")
-    return value

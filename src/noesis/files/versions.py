@@ -34,7 +34,7 @@ def check_header(header: Any, kind: str, path: PathLike) -> dict[str, Any]:
         raise BadFile(
             f"{path} is no noesis {kind}: its format is {given!r}",
             f"format 'noesis.{kind}'",
-            f"Pass a file written by {kind.capitalize()}.save",
+            f"Pass a file written by {kind.title().replace('_', '')}.save",
         )
     version, newest = header.get("format_version"), VERSIONS[kind]
     if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= newest:

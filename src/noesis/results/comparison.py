@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from .. import files
-from ..errors import BadFile, BadType, BadValue
+from ..errors import BadType, BadValue
 from ..numerics import Floats, layer_tests
 from ..text import csv_quoting, plain, table
 from .divergence import Divergence, first_divergence, pooled
@@ -132,33 +132,23 @@ class Comparison(Saved):
         return dataclasses.asdict(self)
 
     @classmethod
-    def load(cls, path: files.PathLike) -> Comparison:
-        """Read the JSON that `save` wrote."""
-        value = files.check_header(files.read_json(path), "comparison", path)
-        try:
-            baseline = value["baseline"]
-            if type(baseline) is not int or baseline < 0:
-                raise ValueError(f"baseline is {baseline!r}")
-            where = value["first_divergence"]
-            return cls(
-                rows=[_row(row, judged=baseline > 0) for row in value["rows"]],
-                cosine=_number(value["cosine"]),
-                distance=_number(value["distance"]),
-                only_in_a=[str(name) for name in list(value["only_in_a"])],
-                only_in_b=[str(name) for name in list(value["only_in_b"])],
-                first_divergence=None
-                if where is None
-                else Divergence(int(where[0]), str(where[1]), str(where[2]), _number(where[3]), _number(where[4])),
-                alpha=float(value["alpha"]),
-                baseline=baseline,
-                meta=dict(value["meta"]),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-            raise BadFile(
-                f"{path} is not a valid comparison ({type(error).__name__}: {error})",
-                "a file written by Comparison.save",
-                "Write it again",
-            ) from None
+    def _from_payload(cls, payload: dict[str, Any]) -> Comparison:
+        baseline, where = payload["baseline"], payload["first_divergence"]
+        if type(baseline) is not int or baseline < 0:
+            raise ValueError(f"baseline is {baseline!r}")
+        return cls(
+            rows=[_row(row, judged=baseline > 0) for row in payload["rows"]],
+            cosine=_number(payload["cosine"]),
+            distance=_number(payload["distance"]),
+            only_in_a=[str(name) for name in list(payload["only_in_a"])],
+            only_in_b=[str(name) for name in list(payload["only_in_b"])],
+            first_divergence=None
+            if where is None
+            else Divergence(int(where[0]), str(where[1]), str(where[2]), _number(where[3]), _number(where[4])),
+            alpha=float(payload["alpha"]),
+            baseline=baseline,
+            meta=dict(payload["meta"]),
+        )
 
     def plot(self, top: int = 25, path: files.PathLike | None = None) -> Figure:
         """Bars of the effects of the most changed layers; needs the extra `viz`."""

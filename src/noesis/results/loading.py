@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from .. import files
 from ..errors import BadFile, MissingFile
-from ..files import NoArrayError, v01
+from ..files import v01
 from .soulprint import Soulprint
 from .trace import Trace
 
@@ -25,7 +26,7 @@ def load_run(path: files.PathLike, run: str | None = None) -> Trace | Soulprint:
         run: which run, where files of v0.1 of several runs share the folder.
 
     Raises:
-        NoesisError: when there is none, it is broken, or it is ambiguous.
+        NoesisError: when there is none, it is broken, or of several runs.
 
     Example:
         >>> import tempfile, noesis
@@ -78,60 +79,51 @@ def load_runs(folder: files.PathLike) -> list[Trace | Soulprint]:
 
 
 def _runs_of(folder: Path) -> Iterator[Trace | Soulprint]:
+    read = cache(v01.read_steps)  # a soulprint takes the names of its rows from traces beside it
     parts = set(v01.trace_files(folder))
-    traces: dict[Any, Trace] = {run.run_id: Trace._from_v01(run) for run in v01.read_runs(folder)}
+    traces: dict[Any, Trace] = {run.run_id: Trace._from_v01(run) for run in v01.read_runs(folder, read)}
     soulprints: list[Soulprint] = []
     for path in sorted(folder.iterdir()):
         if path in parts or not path.is_file() or not (path.suffix == ".safetensors" or files.is_json(path)):
             continue
-        kind = declared(path)
-        if kind == "noesis.trace":
-            trace = Trace.load(path)
-            traces.setdefault(trace.meta.get("run", path), trace)
-        elif kind == "noesis.soulprint":
-            soulprints.append(Soulprint.load(path))
+        run = _run_in(_contents(path), read=read)
+        if isinstance(run, Trace):
+            traces.setdefault(run.meta.get("run", path), run)
+        elif run is not None:
+            soulprints.append(run)
     yield from traces.values()
     yield from (each for each in soulprints if each.meta.get("run") not in traces)
 
 
 def _load_file(path: Path, run: str | None) -> Trace | Soulprint:
-    kind = declared(path)
-    if kind == "noesis.soulprint":
-        return Soulprint.load(path)
-    if kind == "noesis.trace":
-        return Trace.load(path, run)
-    raise BadFile(
-        f"{path} is no run: its format is {kind!r}",
-        "a trace or a soulprint",
-        "Pass a file that Trace.save or Soulprint.save wrote",
-    )
+    contents = _contents(path)
+    found = _run_in(contents, run)
+    if found is None:
+        raise BadFile(
+            f"{path} is no run: its format is {contents.format!r}",
+            "a trace or a soulprint",
+            "Pass a file that Trace.save or Soulprint.save wrote",
+        )
+    return found
 
 
-#: Where files in JSON have most of their numbers, whatever kind they are of.
-_NUMBERS = ("arrays", "means", "stds", "values")
+def _contents(path: Path) -> files.Contents:
+    """What a file holds that may be a trace, a soulprint, or anything else."""
+    return files.read_contents(path, "trace or soulprint", numbers=(*Trace.numbers, *Soulprint.numbers), strict=False)
 
 
-def declared(path: Path) -> str | None:
-    """The `format` a file says it has, for example "noesis.trace"; files of v0.1 are given theirs.
-
-    Raises:
-        NoesisError: when the file cannot be read.
-    """
-    if path.suffix == ".safetensors":
-        data = files.read_bytes(path)
-        with files.reading_tensors(path, "trace or soulprint"):
-            value = files.read_header(data, path)
-    else:
-        try:
-            value = files.read_json(path, numbers=_NUMBERS)
-        except BadFile as error:
-            if not isinstance(error.__cause__, NoArrayError):
-                raise
-            value = files.read_json(path)  # of another kind, where something else goes by these names
-    if v01.looks_like(value):
-        return "noesis.soulprint" if value["type"].endswith("_soulprint") else "noesis.trace"
-    named = value.get("format") if isinstance(value, dict) else None
-    return named if isinstance(named, str) else None
+def _run_in(
+    contents: files.Contents, run: str | None = None, read: v01.StepsReader = v01.read_steps
+) -> Trace | Soulprint | None:
+    """The run in a file; None if it holds something else."""
+    old = contents.header["type"] if v01.looks_like(contents.header) else None
+    if old == v01.SOULPRINT:
+        return Soulprint._from_v01(v01.print_of(contents.header, Path(contents.path), read))
+    if contents.format == "noesis.soulprint":
+        return Soulprint._of(contents)
+    if old == v01.TRACE or contents.format == "noesis.trace":
+        return Trace._of(contents, run)
+    return None
 
 
 def _one_of(folder: Path, names: tuple[str, ...]) -> bool:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from .. import files
-from ..errors import BadFile
 from ..kernels.routing import ENTROPY, FIELDS, MEASURED, NEIGHBOURS, SWITCHES, TOKENS, UNIT
 from ..numerics import Floats, Ints
 from ..text import counted, plain, table
@@ -19,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-KIND = "routes"
 #: What every file holds, all int64.
 ARRAYS = ("sums", "experts", "steps", "whole", "coactivation")
 #: Experts named in a line of `repr`.
@@ -136,7 +133,9 @@ class Routes(Routing, Saved):
         (0.5, 2)
     """
 
-    kind: ClassVar[str] = KIND
+    kind: ClassVar[str] = "routes"
+    numbers: ClassVar[tuple[str, ...]] = ("arrays",)
+    whole_numbers: ClassVar[bool] = True
 
     layers: list[str]
     steps: Ints
@@ -158,29 +157,11 @@ class Routes(Routing, Saved):
     # ------------------------------------------------------------ files
 
     @classmethod
-    def load(cls, path: files.PathLike) -> Routes:
-        """Read what `save` wrote.
-
-        Raises:
-            NoesisError: when it is not there, broken, or of another kind or version.
-        """
-        path = Path(path)
-        if path.suffix == ".safetensors":
-            arrays, header = files.load_tensors(path, KIND)
-        else:
-            header = files.check_header(files.read_json(path, numbers=("arrays",), whole=True), KIND, path)
-            arrays = header.get("arrays", {})
-        try:
-            return cls._from(arrays, header)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise BadFile(
-                f"{path} is not valid routes ({type(error).__name__}: {error})",
-                "a file written by Routes.save",
-                "It may be truncated or edited; write it again",
-            ) from None
+    def _from_payload(cls, payload: dict[str, Any]) -> Routes:
+        return cls._from_arrays(payload["arrays"], payload)
 
     @classmethod
-    def _from(cls, arrays: dict[str, Any], header: dict[str, Any]) -> Routes:
+    def _from_arrays(cls, arrays: files.Arrays, header: dict[str, Any]) -> Routes:
         kept = {name: _integers(arrays[name]) for name in ARRAYS}
         layers = [str(name) for name in header["layers"]]
         width = kept["coactivation"].shape[-1] if kept["coactivation"].ndim else 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from .. import files
-from ..errors import BadFile, BadValue
+from ..errors import BadValue
 from ..files import v01
 from ..numerics import Floats
 from ..text import counted, plain, table
@@ -39,6 +39,7 @@ class Soulprint(Saved):
     """
 
     kind: ClassVar[str] = "soulprint"
+    numbers: ClassVar[tuple[str, ...]] = ("means", "stds")
 
     means: Floats
     stds: Floats
@@ -86,16 +87,18 @@ class Soulprint(Saved):
         if path.is_dir():
             named = [path / f"soulprint{suffix}" for suffix in (".safetensors", ".json", ".json.gz")]
             path = next((name for name in named if name.is_file()), named[0])
-        if path.suffix == ".safetensors":
-            arrays, header = files.load_tensors(path, "soulprint")
-            return cls._from(arrays, header, path)
-        value = files.read_json(path, numbers=("means", "stds"))
-        if v01.looks_like(value):
-            del value  # before it is read again
-            old = v01.read_soulprint(path)
-            meta = {**old.meta, "run": old.run_id, "source": "noesis v0.1"}
-            return cls(old.means, old.stds, old.layers, old.steps, meta)
-        return cls._from(value, files.check_header(value, "soulprint", path), path)
+        return super().load(path)
+
+    @classmethod
+    def _of(cls, contents: files.Contents) -> Soulprint:
+        if v01.looks_like(contents.header):
+            return cls._from_v01(v01.print_of(contents.header, Path(contents.path)))
+        return super()._of(contents)
+
+    @classmethod
+    def _from_v01(cls, old: v01.Print) -> Soulprint:
+        meta = {**old.meta, "run": old.run_id, "source": "noesis v0.1"}
+        return cls(old.means, old.stds, old.layers, old.steps, meta)
 
     def _header(self) -> dict[str, Any]:
         layout = "concat(means[0:L], stds[0:L])"
@@ -108,19 +111,15 @@ class Soulprint(Saved):
         return {**self._header(), "means": self.means.tolist(), "stds": self.stds.tolist()}
 
     @classmethod
-    def _from(cls, arrays: dict[str, Any], header: dict[str, Any], path: Path) -> Soulprint:
-        try:
-            means, stds = (np.asarray(arrays[name], dtype=np.float64) for name in ("means", "stds"))
-            if not isinstance(header["layers"], list) or type(header["steps"]) is not int:
-                raise TypeError("layers has to be a list, steps a whole number")
-            return cls(means, stds, header["layers"], header["steps"], dict(header["meta"]))
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            why = str(error).rstrip(".")
-            raise BadFile(
-                f"{path} is not a valid soulprint ({type(error).__name__}: {why})",
-                "a file written by Soulprint.save",
-                "It may be truncated or edited; write it again",
-            ) from None
+    def _from_payload(cls, payload: dict[str, Any]) -> Soulprint:
+        return cls._from_arrays(payload, payload)
+
+    @classmethod
+    def _from_arrays(cls, arrays: files.Arrays, header: dict[str, Any]) -> Soulprint:
+        means, stds = (np.asarray(arrays[name], dtype=np.float64) for name in ("means", "stds"))
+        if not isinstance(header["layers"], list) or type(header["steps"]) is not int:
+            raise TypeError("layers has to be a list, steps a whole number")
+        return cls(means, stds, header["layers"], header["steps"], dict(header["meta"]))
 
     def plot(self, other: Soulprint | None = None, path: files.PathLike | None = None) -> Figure:
         """Bars of mean and std per layer, beside those of another run if given; needs the extra `viz`."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from .. import files
-from ..errors import BadFile, BadType, BadValue
+from ..errors import BadType, BadValue
 from ..numerics import Floats, Token
 from ..text import counted, first_few, plain, table
 from .saved import Saved
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-KIND = "token_deltas"
 _ROWS_SHOWN = 12
 #: Mean deltas below this are rounding, whatever the dtype.
 NOISE = 1e-6
@@ -55,7 +54,8 @@ class TokenDeltas(Saved):
         only_in_b: layers that ran only in run b.
     """
 
-    kind: ClassVar[str] = KIND
+    kind: ClassVar[str] = "token_deltas"
+    numbers: ClassVar[tuple[str, ...]] = ("values",)
     suffixes: ClassVar[str] = ".json or .json.gz"
 
     values: Floats
@@ -115,23 +115,6 @@ class TokenDeltas(Saved):
             for row in order.tolist()
             if ranked[row] > self.threshold
         ]
-
-    @classmethod
-    def load(cls, path: files.PathLike) -> TokenDeltas:
-        """Read back what `save` wrote.
-
-        Raises:
-            NoesisError: (a ValueError) for a broken file, another format or version; (a FileNotFoundError) for none.
-        """
-        payload = files.check_header(files.read_json(path, numbers=("values",)), KIND, path)
-        try:
-            return cls._from_payload(payload)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise BadFile(
-                f"{path} does not hold consistent token deltas ({type(error).__name__}: {error})",
-                "values, layers, tokens and positions that fit together",
-                "Write it again with TokenDeltas.save",
-            ) from None
 
     def plot(self, path: files.PathLike | None = None) -> Figure:
         """A heat map, layers by aligned tokens; needs the extra `viz`.

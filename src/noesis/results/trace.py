@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import files
-from ..errors import BadFile, BadValue, MissingFile, WrongState
+from ..errors import BadValue, MissingFile, WrongState
 from ..files import v01
 from ..kernels import layout, rows
 from ..numerics import Floats, Ints
@@ -64,6 +64,7 @@ class Trace(Saved):
     """
 
     kind: ClassVar[str] = "trace"
+    numbers: ClassVar[tuple[str, ...]] = ("arrays",)
 
     values: Floats
     layers: list[str]
@@ -250,7 +251,7 @@ class Trace(Saved):
             run: which run, where files of v0.1 of several runs share the folder.
 
         Raises:
-            NoesisError: when it is not there, broken, of another format or version, or ambiguous.
+            NoesisError: when it is not there, broken, of another format or version, or of several runs.
         """
         path = Path(path)
         if path.is_dir():
@@ -262,18 +263,13 @@ class Trace(Saved):
                     f"{path} holds no trace", "trace.safetensors, trace.json or v0.1 files", "Check the path"
                 )
             return cls._from_v01(v01.read_run(path, run))
-        if path.suffix == ".safetensors":
-            return cls._from_arrays(*files.load_tensors(path, "trace"), path)
-        value = files.read_json(path, numbers=("arrays",))
-        if v01.looks_like(value):
-            del value  # before it is read again
-            return cls._from_v01(v01.read_run(path, run))
-        return cls.from_json(value, path)
+        return cls._of(files.read_contents(path, cls.kind, numbers=cls.numbers), run)
 
     @classmethod
-    def from_json(cls, value: dict[str, Any], path: Path | str) -> Trace:
-        """From the JSON object of `to_json`; `path` is what errors call it."""
-        return cls._from_payload(files.check_header(value, "trace", path), path)
+    def _of(cls, contents: files.Contents, run: str | None = None) -> Trace:
+        if v01.looks_like(contents.header):
+            return cls._from_v01(v01.run_of(contents.header, Path(contents.path), run))
+        return super()._of(contents)
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -310,39 +306,30 @@ class Trace(Saved):
         return {**self._header(), "arrays": {name: array.tolist() for name, array in self._arrays().items()}}
 
     @classmethod
-    def _from_payload(cls, payload: dict[str, Any], path: Path | str) -> Trace:
-        try:
-            given = payload["arrays"]
-            # One by one, so that lists of numbers are gone when the next array is made.
-            arrays = {name: np.asarray(given.pop(name), dtype=np.float64) for name in list(given)}
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise _broken(path, error) from None
-        return cls._from_arrays(arrays, payload, path)
+    def _from_payload(cls, payload: dict[str, Any]) -> Trace:
+        given = dict(payload["arrays"])
+        # One by one, so that lists of numbers are gone when the next array is made.
+        return cls._from_arrays({name: np.asarray(given.pop(name), dtype=np.float64) for name in list(given)}, payload)
 
     @classmethod
-    def _from_arrays(cls, arrays: files.Arrays, header: dict[str, Any], path: Path | str, prefix: str = "") -> Trace:
-        try:
-            layers, stats = [str(name) for name in header["layers"]], tuple(str(name) for name in header["stats"])
-            if not set(ALWAYS) <= set(stats) or len(set(layers)) != len(layers):
-                raise ValueError("stats or layers do not fit")
-            columns = from_file(arrays, header, len(layers), stats, prefix)
-            whole(columns["averages"][:, 0], "averages")
-            return cls(
-                layers=layers,
-                stats=stats,
-                dropped_steps=max(0, int(header["dropped_steps"])),
-                unmeasured={str(name): str(why) for name, why in header["unmeasured"].items()},
-                meta=dict(header["meta"]),
-                samples=[
-                    cls._from_arrays(arrays, {**header, "samples": 0}, path, f"sample{index}.")
-                    for index in range(int(header["samples"]))
-                ],
-                **columns,
-            )
-        except BadFile:  # of a sample
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise _broken(path, error) from None
+    def _from_arrays(cls, arrays: files.Arrays, header: dict[str, Any], prefix: str = "") -> Trace:
+        layers, stats = [str(name) for name in header["layers"]], tuple(str(name) for name in header["stats"])
+        if not set(ALWAYS) <= set(stats) or len(set(layers)) != len(layers):
+            raise ValueError("stats or layers do not fit")
+        columns = from_file(arrays, header, len(layers), stats, prefix)
+        whole(columns["averages"][:, 0], "averages")
+        return cls(
+            layers=layers,
+            stats=stats,
+            dropped_steps=max(0, int(header["dropped_steps"])),
+            unmeasured={str(name): str(why) for name, why in header["unmeasured"].items()},
+            meta=dict(header["meta"]),
+            samples=[
+                cls._from_arrays(arrays, {**header, "samples": 0}, f"sample{index}.")
+                for index in range(int(header["samples"]))
+            ],
+            **columns,
+        )
 
     @classmethod
     def _from_v01(cls, run: v01.Run) -> Trace:
@@ -385,14 +372,6 @@ class Trace(Saved):
         if found:
             parts.append(f"first NaN or infinity: step {found[0]}, layer {plain(found[1])}")
         return "\n".join(parts)
-
-
-def _broken(path: Path | str, error: Exception) -> BadFile:
-    return BadFile(
-        f"{path} is not a valid trace ({type(error).__name__}: {error})",
-        "a file written by Trace.save",
-        "It may be truncated or edited; write it again",
-    )
 
 
 def _span(steps: Ints) -> str:

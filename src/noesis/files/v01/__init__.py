@@ -9,8 +9,8 @@ number of rows is `len(soulprint) / 2`, and calls are told apart here as `name#1
 """
 
 from .fields import SOULPRINT, TRACE, looks_like, trace_files
-from .soulprints import Print, read_soulprint, write_soulprint
-from .traces import STATS, Run, read_run, read_runs, runs_in, write_run
+from .soulprints import Print, print_of, read_soulprint, write_soulprint
+from .traces import STATS, Run, StepsReader, read_run, read_runs, read_steps, run_of, runs_in, write_run
 
 __all__ = [
     "SOULPRINT",
@@ -18,10 +18,14 @@ __all__ = [
     "TRACE",
     "Print",
     "Run",
+    "StepsReader",
     "looks_like",
+    "print_of",
     "read_run",
     "read_runs",
     "read_soulprint",
+    "read_steps",
+    "run_of",
     "runs_in",
     "trace_files",
     "write_run",

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...errors import BadFile, BadValue, MissingFile
 from ..atomic import accessing
-from ..formats import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -63,14 +62,12 @@ def trace_files(folder: Path) -> list[Path]:
     return sorted(path for path in found if re.match(r"unet_trace_.+\.json(\.gz)?\Z", path.name))
 
 
-def read_typed(path: Path, kind: str) -> dict[str, Any]:
-    """The JSON object in a file of v0.1 of the given kind."""
-    value = read_json(path)
+def check_type(value: dict[str, Any], kind: str, path: Path) -> None:
+    """Refuse the JSON object of a file that is not of the given kind."""
     if value.get("type") != kind:
         reader = "read_soulprint" if kind == TRACE else "read_run"
         do = f"It is the other kind of v0.1 file: use {reader}" if looks_like(value) else ASK_PATH
         raise bad(path, f"'type' is {reprlib.repr(value.get('type'))}", f"a v0.1 file of type {kind!r}", do)
-    return value
 
 
 def head(value: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:

@@ -15,23 +15,23 @@ from loguru import logger
 
 from ...errors import BadFile, BadValue, MissingFile
 from ..atomic import PathLike, write_bytes
-from ..formats import json_bytes
+from ..formats import json_bytes, read_json
 from .fields import (
     FIT,
     LARGEST_STEP,
     SOULPRINT,
     bad,
     check_identity,
+    check_type,
     get,
     head,
     numbers,
-    read_typed,
     repeated,
     trace_files,
     whole,
 )
 from .names import bare_names, qualified
-from .traces import read_steps
+from .traces import StepsReader, read_steps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,7 +99,18 @@ def read_soulprint(path: PathLike) -> Print:
         BadFile: the file is broken, or no soulprint of v0.1.
     """
     path = Path(path)
-    value = read_typed(path, SOULPRINT)
+    return print_of(read_json(path), path)
+
+
+def print_of(value: dict[str, Any], path: Path, read: StepsReader | None = None) -> Print:
+    """The soulprint in the JSON object that its file holds; see `read_soulprint`.
+
+    Args:
+        value: the object.
+        path: where traces of the same run may lie beside it.
+        read: in the place of `read_steps`, for these.
+    """
+    check_type(value, SOULPRINT, path)
     run_id, meta = head(value, path)
     steps = whole(value, "steps_aggregated", path, least=1)
     layout = get(value, "vector_layout", str, path)
@@ -113,7 +124,7 @@ def read_soulprint(path: PathLike) -> Print:
     if "layer_names" in value:
         layers = _given_names(value, index, rows, path)
     else:
-        layers = _names_from_traces(path, run_id, index, rows) or _inferred_names(index, rows)
+        layers = _names_from_traces(path, run_id, index, rows, read or read_steps) or _inferred_names(index, rows)
     if (twice := repeated(layers)) is not None:
         raise bad(path, f"two rows would be called {reprlib.repr(twice)}", "a name for each call")
     return Print(run_id, meta, layers, vector[:rows], vector[rows:], steps)
@@ -189,14 +200,16 @@ def _index_of(layers: Sequence[str]) -> dict[str, int]:
     return {name: row for row, name in enumerate(bare) if layers[row] != f"unnamed#{row}"}
 
 
-def _names_from_traces(path: Path, run_id: str, index: dict[str, int], rows: int) -> list[str] | None:
+def _names_from_traces(
+    path: Path, run_id: str, index: dict[str, int], rows: int, read: StepsReader
+) -> list[str] | None:
     """The names of the rows from a trace of the same run beside the soulprint, if one fits it."""
     pattern = rf"unet_trace_{re.escape(run_id)}(_step\d+)?\.json(\.gz)?"
     for file in trace_files(path.parent) if len(index) < rows else ():
         if not re.fullmatch(pattern, file.name):
             continue
         try:
-            found, steps = read_steps(file)
+            found, steps = read(file)
         except (BadFile, MissingFile) as error:
             logger.debug("no layer names for {} from a trace: {}", path, error)
             continue

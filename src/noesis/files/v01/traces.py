@@ -7,6 +7,7 @@ import math
 import re
 import reprlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 
 from ...errors import BadValue, MissingFile
 from ..atomic import PathLike, write_all
-from ..formats import json_bytes
+from ..formats import json_bytes, read_json
 from .fields import (
     ASK_PATH,
     FIT,
@@ -26,10 +27,10 @@ from .fields import (
     TRACE,
     bad,
     check_identity,
+    check_type,
     get,
     head,
     numbers,
-    read_typed,
     trace_files,
     whole,
 )
@@ -71,7 +72,7 @@ class Run:
 
 
 @dataclass(frozen=True, eq=False)
-class _Step:
+class Step:
     """One step as it stands in a file; `names` are bare, in order of execution."""
 
     path: Path
@@ -80,6 +81,10 @@ class _Step:
     names: list[str]
     values: NDArray[np.float64]  # [records, 5]
     counts: NDArray[np.float64]  # [records]
+
+
+#: Gives the run id and the steps of a trace file, as `read_steps` does.
+StepsReader = Callable[[Path], tuple[str, list[Step]]]
 
 
 def runs_in(folder: PathLike) -> dict[str, list[Path]]:
@@ -139,9 +144,18 @@ def read_run(path: PathLike, run: str | None = None) -> Run:
         BadValue: several runs and no `run`, or no run of that id.
     """
     path = Path(path)
-    runs = _steps_of(trace_files(path) if path.is_dir() else [path])
+    runs = _by_run(map(read_steps, trace_files(path) if path.is_dir() else [path]))
     if not runs:
         raise MissingFile(f"{path} holds no v0.1 trace", "files named unet_trace_<run>_step<k>.json[.gz]", ASK_PATH)
+    return _chosen(runs, run, path)
+
+
+def run_of(value: dict[str, Any], path: Path, run: str | None = None) -> Run:
+    """The run in the JSON object that a trace file holds; see `read_run`."""
+    return _chosen(_by_run([steps_of(value, path)]), run, path)
+
+
+def _chosen(runs: dict[str, list[Step]], run: str | None, path: Path) -> Run:
     listing = ", ".join(f"{run_id!r} (as in {steps[0].path.name})" for run_id, steps in sorted(runs.items()))
     if run is None and len(runs) > 1:
         raise BadValue(f"{path} holds {len(runs)} runs: {listing}", "one run", "Choose one by its id: run=...")
@@ -151,15 +165,20 @@ def read_run(path: PathLike, run: str | None = None) -> Run:
     return _merge(chosen, runs[chosen], path)
 
 
-def read_runs(folder: PathLike) -> list[Run]:
+def read_runs(folder: PathLike, read: StepsReader | None = None) -> list[Run]:
     """All runs whose traces lie in a folder, by their ids; each file is read once.
+
+    Args:
+        folder: a folder.
+        read: in the place of `read_steps`.
 
     Raises:
         MissingFile: there is no such folder.
         BadFile: a file is broken, or two files hold the same step of a run.
     """
     folder = Path(folder)
-    return [_merge(run_id, steps, folder) for run_id, steps in sorted(_steps_of(trace_files(folder)).items())]
+    runs = _by_run(map(read or read_steps, trace_files(folder)))
+    return [_merge(run_id, steps, folder) for run_id, steps in sorted(runs.items())]
 
 
 def write_run(
@@ -224,24 +243,28 @@ def write_run(
     return write_all([(name, json_bytes(name, {**head, "meta": run.meta, "records": flat}))])
 
 
-def _steps_of(files: Iterable[Path]) -> dict[str, list[_Step]]:
-    runs: dict[str, list[_Step]] = {}
-    for file in files:
-        run_id, steps = read_steps(file)
+def _by_run(files: Iterable[tuple[str, list[Step]]]) -> dict[str, list[Step]]:
+    runs: dict[str, list[Step]] = {}
+    for run_id, steps in files:
         runs.setdefault(run_id, []).extend(steps)
     return runs
 
 
-def read_steps(path: Path) -> tuple[str, list[_Step]]:
+def read_steps(path: Path) -> tuple[str, list[Step]]:
     """The run id and the steps of a trace file, at least one, in the order of the file."""
-    value = read_typed(path, TRACE)
+    return steps_of(read_json(path), path)
+
+
+def steps_of(value: dict[str, Any], path: Path) -> tuple[str, list[Step]]:
+    """The same from the JSON object that the file holds."""
+    check_type(value, TRACE, path)
     run_id, meta = head(value, path)
     steps = []
     for step, records in _records_by_step(value, path):
         parsed = [_record(record, step, f"{path}, step {step}, record {at}") for at, record in enumerate(records)]
         values = np.array([stats for _, stats, _ in parsed], dtype=np.float64).reshape(-1, len(STATS))
         counts = np.array([count for _, _, count in parsed], dtype=np.float64)
-        steps.append(_Step(path, meta, step, [name for name, _, _ in parsed], values, counts))
+        steps.append(Step(path, meta, step, [name for name, _, _ in parsed], values, counts))
     if not steps:
         raise bad(path, "there are no records", "a trace with at least one step")
     return run_id, steps
@@ -277,7 +300,7 @@ def _record(record: Any, step: int, where: str) -> tuple[str, list[float], float
     return name, numbers([get(record, key, object, where) for key in STATS], where), float(math.prod(shape))
 
 
-def _merge(run_id: str, steps: list[_Step], path: Path) -> Run:
+def _merge(run_id: str, steps: list[Step], path: Path) -> Run:
     steps = sorted(steps, key=lambda one: one.step)
     for one, two in pairwise(steps):
         _check_pair(one, two, run_id)
@@ -304,7 +327,7 @@ def _merge(run_id: str, steps: list[_Step], path: Path) -> Run:
     return Run(run_id, steps[0].meta, layers, [one.step for one in steps], values, counts)
 
 
-def _check_pair(one: _Step, two: _Step, run_id: str) -> None:
+def _check_pair(one: Step, two: Step, run_id: str) -> None:
     """Refuse two neighbouring steps that cannot be of one run."""
     where = " and ".join(dict.fromkeys((str(one.path), str(two.path))))
     if one.step == two.step:
