@@ -5,6 +5,7 @@ They lie in `v1`, and are never written again: a new version of a kind gets a fo
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 import noesis
 from noesis.files import heading
 from noesis.files.versions import VERSIONS, check_header
+from noesis.surprise import LayerSurprise
 
 FILES = Path(__file__).parent / "v1"
 STATS = ("count", "mean", "std", "abs_mean", "min", "max", "nonfinite", "zeros", "rms")
@@ -68,6 +70,28 @@ def watched() -> noesis.Wrapped:
     return noesis.wrap(model, layers="1", codebook=noesis.Codebook(size=4, dim=2))
 
 
+def a_surprise() -> noesis.Surprise:
+    parts = {name: np.array([0.5, np.inf]) for name in ("code_length", "mixture", "residual", "norm")}
+    each = LayerSurprise(
+        **parts,
+        nearest=np.array([[0, 3], [1, 2]]),
+        surprisal=np.array([0.25, 8.0]),
+        p_value=np.array([0.75, 0.01]),
+        positions=np.array([[0.5, np.nan], [np.inf, 1.0]]),
+        usual=(0.5, 0.25, 0.0),
+    )
+    return noesis.Surprise(
+        np.array([0.25, np.inf]), {"a": each}, doubt=np.array([np.nan, -1.5]), calibrated=np.array([0.75, 0.01])
+    )
+
+
+def a_monitor() -> noesis.DriftMonitor:
+    calibration = noesis.Calibration(["a"], {}, None, (4, 2, 3), np.array([0.0, 1.0, np.inf]))
+    monitor = noesis.DriftMonitor(calibration, alpha=0.05, seed=7)
+    monitor.update([0.5, 0.25, 1.0])
+    return monitor
+
+
 def inputs() -> torch.Tensor:
     return torch.sin(torch.arange(900.0)).reshape(300, 3)
 
@@ -94,6 +118,8 @@ def write_all() -> None:
         trace.save(FILES / f"trace.{suffix}")
         trace.soulprint().save(FILES / f"soulprint.{suffix}")
         a_routes().save(FILES / f"routes.{suffix}")
+        a_surprise().save(FILES / f"surprise.{suffix}")
+        a_monitor().save(FILES / f"drift_monitor.{suffix}")
     noesis.compare(trace.soulprint(3), trace.soulprint(5)).save(FILES / "comparison.json")
     some_activations().save(FILES / "activations.safetensors")
     some_deltas().save(FILES / "token_deltas.json")
@@ -120,6 +146,21 @@ def test_routes(suffix: str) -> None:
     found = noesis.Routes.load(FILES / f"routes.{suffix}")
     for name in ("sums", "experts", "steps", "whole", "coactivation", "layers"):
         np.testing.assert_array_equal(getattr(found, name), getattr(a_routes(), name))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "json"])
+def test_surprises_and_monitors(suffix: str) -> None:
+    found, expected = noesis.Surprise.load(FILES / f"surprise.{suffix}"), a_surprise()
+    for name, layer in expected.layers.items():
+        equal(layer, found.layers.pop(name))
+    assert not found.layers
+    equal(dataclasses.replace(expected, layers={}), found)
+    monitor, other = noesis.DriftMonitor.load(FILES / f"drift_monitor.{suffix}"), a_monitor()
+    assert repr(monitor) == repr(other)
+    assert monitor.capital == other.capital
+    for each in (monitor, other):
+        each.update([0.25] * 20)
+    assert monitor.capital == other.capital
 
 
 def test_activations_and_token_deltas() -> None:

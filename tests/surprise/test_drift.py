@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 import noesis
-from noesis.errors import BadType, BadValue, WrongState
+from noesis.errors import BadFile, BadType, BadValue, WrongState
 from noesis.surprise import Calibration, DriftMonitor
 from noesis.surprise.drift import EXPONENTS, _cash
 
@@ -69,10 +71,11 @@ def test_ranks_are_uniform_and_independent() -> None:
     rng = np.random.default_rng(0)
     ranks = []
     for seed in range(500):
-        monitor = DriftMonitor(calibration_of(rng.normal(size=20)), seed=seed)
+        calibration = calibration_of(rng.normal(size=20))
+        monitor = DriftMonitor(calibration, seed=seed)
         row: list[float] = []
         monitor._bet = row.append  # type: ignore[method-assign]
-        monitor.update(monitor._calibration.p_value(rng.normal(size=30)))
+        monitor.update(calibration.p_value(rng.normal(size=30)))
         ranks.append(row)
     table = np.array(ranks)
     counts = np.histogram(table, 10, (0, 1))[0]
@@ -86,9 +89,10 @@ def test_ties_make_ranks_less_strange() -> None:
     rng = np.random.default_rng(0)
     ranks: list[float] = []
     for seed in range(1000):
-        monitor = DriftMonitor(calibration_of(rng.integers(0, 12, 30)), seed=seed)
+        calibration = calibration_of(rng.integers(0, 12, 30))
+        monitor = DriftMonitor(calibration, seed=seed)
         monitor._bet = ranks.append  # type: ignore[method-assign]
-        monitor.update(monitor._calibration.p_value(rng.integers(0, 12, 20).astype(float)))
+        monitor.update(calibration.p_value(rng.integers(0, 12, 20).astype(float)))
     shares = {bound: np.mean(np.array(ranks) <= bound) for bound in (0.02, 0.1, 0.3, 0.5, 0.8)}
     assert all(share <= bound for bound, share in shares.items()), shares
     assert shares[0.1] > 0.01
@@ -235,6 +239,103 @@ def test_repr() -> None:
     assert repr(monitor).startswith("DriftMonitor(alarm at observation ")
 
 
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("how", ["safetensors", "json", "json.gz", "text"])
+def test_a_stream_that_is_cut_in_two_is_judged_as_if_it_were_not(tmp_path: Path, how: str) -> None:
+    rng = np.random.default_rng(0)
+    scores = np.append(rng.normal(size=98), math.inf)
+    p = calibration_of(scores).p_value(np.concatenate([rng.normal(size=60), rng.normal(2.0, size=60)]))
+    whole = DriftMonitor(calibration_of(scores), alpha=0.05, seed=3)
+    whole.update(p)
+    assert whole.alarm_at is not None
+    assert whole.alarm_at > 60
+    for cut in (0, 1, 50, whole.alarm_at + 1, 120):
+        before = DriftMonitor(calibration_of(scores), alpha=0.05, seed=3)
+        before.update(p[:cut])
+        if how == "text":
+            after = DriftMonitor.from_json(before.to_json())
+        else:
+            after = DriftMonitor.load(before.save(tmp_path / f"monitor.{how}"))
+        assert repr(after) == repr(before)
+        after.update(p[cut:])
+        assert (after.capital, after.alarm_at, after.seen) == (whole.capital, whole.alarm_at, whole.seen)
+        np.testing.assert_array_equal(after._counts, whole._counts)
+        after.reset()
+        after.update(p)
+        assert after.capital == whole.capital
+
+
+def test_a_loaded_monitor_knows_its_calibration(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+    wrapped = noesis.wrap(model, layers="1", codebook=noesis.Codebook(), logits="2")
+    by_class = DriftMonitor(wrapped.calibrate([torch.randn(3000, 4)], by_class=True))
+    monitor = DriftMonitor.load(by_class.save(tmp_path / "monitor.safetensors"))
+    wrapped(torch.randn(20, 4))
+    surprise = wrapped.surprise()
+    with pytest.raises(WrongState, match="p-values of a calibration by class"):
+        monitor.update(surprise.p_value)
+    monitor.update(noesis.Surprise.from_json(surprise.to_json()))
+    assert monitor.seen == 20
+    plain = DriftMonitor(wrapped.calibrate([torch.randn(600, 4)]))
+    wrapped.calibrate([torch.randn(600, 4)])
+    wrapped(torch.randn(20, 4))
+    with pytest.raises(BadValue, match=r"p-values of another calibration than Calibration\(600 samples"):
+        DriftMonitor.load(plain.save(tmp_path / "monitor.json")).update(wrapped.surprise())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scores": []},
+        {"scores": [1.0, 0.0, 2.0]},
+        {"scores": [0.0, None, 2.0]},
+        {"scores": [[0.0, 1.0, 2.0]]},
+        {"counts": [0, 1, 0]},
+        {"counts": [0, -1, 3, 0]},
+        {"counts": [0, 0.5, 1.5, 0]},
+        {"counts": [0, 1, 2, 0]},
+        {"counts": None},
+        {"bets": [0.1]},
+        {"bets": [-1.0] * 10},
+        {"bets": [None] * 10},
+        {"bets": ["Infinity"] * 10},
+        {"alpha": 0},
+        {"alpha": None},
+        {"alpha": 1.5},
+        {"seed": "0"},
+        {"seed": -1},
+        {"seen": 3},
+        {"seen": True},
+        {"alarm_at": 2},
+        {"alarm_at": -1},
+        {"alarm_at": "x"},
+        {"generator": None},
+        {"generator": {}},
+        {"generator": {"state": "1"}},
+        {"generator": {"state": "-1", "inc": "3"}},
+        {"generator": {"state": str(2**200), "inc": "3"}},
+        {"generator": {"state": "x", "inc": "3"}},
+    ],
+)
+def test_broken_files(tmp_path: Path, change: dict[str, Any]) -> None:
+    monitor = DriftMonitor(calibration_of([0.0, 1.0, 2.0]))
+    monitor.update([0.5, 0.75])
+    path = monitor.save(tmp_path / "monitor.json")
+    payload = json.loads(path.read_text())
+    DriftMonitor.load(path)
+    path.write_text(json.dumps({**payload, **change}))
+    with pytest.raises(BadFile, match=r"monitor\.json is not a valid drift monitor .*DriftMonitor\.save"):
+        DriftMonitor.load(path)
+
+
+def test_a_file_of_another_kind(tmp_path: Path) -> None:
+    path = noesis.Soulprint([0.0], [1.0], ["a"]).save(tmp_path / "soulprint.json")
+    with pytest.raises(BadFile, match=r"is no noesis drift_monitor: .* Pass a file written by DriftMonitor\.save"):
+        DriftMonitor.load(path)
+
+
 # ---------------------------------------------------------------- errors
 
 
@@ -267,3 +368,6 @@ def test_bad_arguments() -> None:
     for alpha in (0, 1, math.nan):
         with pytest.raises(BadValue, match=r"alpha=.*\. Expected a chance between 0 and 1\. Pass alpha=0\.01"):
             DriftMonitor(calibration_of(np.arange(99.0)), alpha=alpha)
+    for seed in (None, -1, 0.5):
+        with pytest.raises(BadType, match=r"seed=.*\. Expected a whole number from 0"):
+            DriftMonitor(calibration_of(np.arange(99.0)), seed=seed)  # type: ignore[arg-type]

@@ -126,6 +126,25 @@ def _strict(value: Any, depth: int = 100) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def number_lists(array: NDArray[Any]) -> list[Any]:
+    """Numbers as JSON holds them where infinities have to come back: as "Infinity" and "-Infinity", NaN as null.
+
+    `np.asarray(..., dtype=np.float64)` makes numbers of all of them again.
+
+    Example:
+        >>> import numpy as np
+        >>> from noesis.files import number_lists
+        >>> number_lists(np.array([0.5, np.nan, -np.inf]))
+        [0.5, None, '-Infinity']
+    """
+    if not np.issubdtype(array.dtype, np.floating) or np.isfinite(array).all():
+        return list(array.tolist())
+    held = array.astype(object)
+    held[np.isnan(array)] = None
+    held[array == np.inf], held[array == -np.inf] = "Infinity", "-Infinity"
+    return list(held.tolist())
+
+
 def is_json(path: Path) -> bool:
     """Whether the name says JSON, gzipped or not."""
     return path.name.endswith((".json", ".json.gz"))

@@ -14,9 +14,11 @@ VERSIONS = {
     "calibration": 1,
     "codebooks": 1,
     "comparison": 1,
+    "drift_monitor": 1,
     "routes": 1,
     "run_state": 1,
     "soulprint": 1,
+    "surprise": 1,
     "token_deltas": 1,
     "trace": 1,
 }

@@ -7,6 +7,7 @@ from .divergence import Divergence
 from .loading import load_run, load_runs
 from .named_scalars import STATS, scalars, under
 from .routes import Routes
+from .saved import Saved
 from .soulprint import Soulprint
 from .statistics import ALWAYS, OPTIONAL, fields_of, stats_of
 from .surprise import LayerSurprise, Reason, Surprise
@@ -25,6 +26,7 @@ __all__ = [
     "LayerSurprise",
     "Reason",
     "Routes",
+    "Saved",
     "Soulprint",
     "Surprise",
     "TokenDeltas",

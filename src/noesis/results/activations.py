@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -15,9 +15,10 @@ from .. import files
 from .._version import __version__
 from ..errors import BadFile, BadValue
 from ..text import counted, plain, table
+from .saved import list_of
+from .tabular import Column, Tabular
 
 KIND = "activations"
-T = TypeVar("T", str, int)
 
 
 class UnknownLayerError(BadValue, KeyError):
@@ -26,12 +27,14 @@ class UnknownLayerError(BadValue, KeyError):
     __str__ = Exception.__str__  # KeyError would show the repr of the message
 
 
-class Activations(Mapping[str, list[Tensor]]):
+class Activations(Mapping[str, list[Tensor]], Tabular):
     """What `capture` kept: layer name -> the layer's hidden states, one tensor per call, in order.
 
     Tensors lie on the CPU, contiguous, in the dtype the layer computed. A layer that was selected and
     never ran has an empty list and is in `never_ran`; one whose output holds no dense floating tensor
     is in `unmeasured`.
+
+    As a table (`to_csv`, `to_dataframe`) it has a row per layer and call, with shapes and sizes, not the numbers.
 
     Example:
         >>> import torch
@@ -160,7 +163,7 @@ class Activations(Mapping[str, list[Tensor]]):
         """
         tensors, header = _read(path)
         try:
-            layers, counts = _list_of(str, header["layers"]), _list_of(int, header["calls"])
+            layers, counts = list_of(str, header["layers"]), list_of(int, header["calls"])
             unmeasured, meta = dict(header["unmeasured"]), dict(header["meta"])
             kept = {
                 name: [tensors.pop(f"{name}/{call}") for call in range(count)]
@@ -175,6 +178,17 @@ class Activations(Mapping[str, list[Tensor]]):
                 "Write it again with Activations.save",
             ) from None
         return cls(kept, unmeasured=unmeasured, meta=meta)
+
+    def _columns(self) -> dict[str, Column]:
+        found = [(name, call, tensor) for name, calls in self._calls.items() for call, tensor in enumerate(calls)]
+        return {
+            "layer": [name for name, _, _ in found],
+            "call": [call for _, call, _ in found],
+            "shape": [_shape(tensor) for _, _, tensor in found],
+            "dtype": [_dtype(tensor) for _, _, tensor in found],
+            "elements": [tensor.numel() for _, _, tensor in found],
+            "bytes": [bytes_of(tensor) for _, _, tensor in found],
+        }
 
     def __repr__(self) -> str:
         count = sum(len(calls) for calls in self._calls.values())
@@ -195,12 +209,6 @@ def _read(path: files.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, files.check_header(header, KIND, path)
 
 
-def _list_of(kind: type[T], values: Any) -> list[T]:
-    if not isinstance(values, list) or not all(type(value) is kind for value in values):
-        raise TypeError(f"expected a list of {kind.__name__}")
-    return values
-
-
 def bytes_of(tensor: Tensor) -> int:
     """Memory that its elements take."""
     return tensor.numel() * tensor.element_size()
@@ -208,16 +216,21 @@ def bytes_of(tensor: Tensor) -> int:
 
 def _shapes(calls: Sequence[Tensor]) -> str:
     """Shapes in order, repeats counted: '1x19x64, 4 of 1x1x64'."""
-    groups = [
-        ("x".join(map(str, shape)) or "scalar", len(list(group)))
-        for shape, group in itertools.groupby(tuple(tensor.shape) for tensor in calls)
-    ]
+    groups = [(shape, len(list(group))) for shape, group in itertools.groupby(map(_shape, calls))]
     shown = [text if count == 1 else f"{count} of {text}" for text, count in groups[:4]]
     return ", ".join(shown + ["..."] * (len(groups) > 4))
 
 
 def _dtypes(calls: Sequence[Tensor]) -> str:
-    return ", ".join(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in calls))
+    return ", ".join(dict.fromkeys(map(_dtype, calls)))
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _size(nbytes: int) -> str:

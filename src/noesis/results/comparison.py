@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +13,11 @@ import numpy as np
 from .. import files
 from ..errors import BadType, BadValue
 from ..numerics import Floats, layer_tests
-from ..text import csv_quoting, plain, table
+from ..text import plain, table
 from .divergence import Divergence, first_divergence, pooled
 from .runs import Answering, Averaged, Recorded
 from .saved import Saved
+from .tabular import Column, Tabular
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,8 +63,10 @@ class Row:
 
 
 @dataclass(eq=False, repr=False)
-class Comparison(Saved):
+class Comparison(Saved, Tabular):
     """Where two runs differ.
+
+    As a table (`to_csv`, `to_dataframe`) it has its rows, one per layer.
 
     Attributes:
         rows: one per common layer, the most changed first: by p-value with a baseline, else by effect.
@@ -114,19 +115,13 @@ class Comparison(Saved):
             f"layer {layer!r} is not among the common layers", f"one of the {len(self.rows)} in .rows", "Check the name"
         )
 
-    def to_csv(self) -> str:
-        """The rows as CSV with a header line."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n", quoting=csv_quoting(row.layer for row in self.rows))
-        names = [each.name for each in dataclasses.fields(Row)]
-        writer.writerow(names)
-        writer.writerows([getattr(row, name) for name in names] for row in self.rows)
-        return text.getvalue()
-
     def save(self, path: files.PathLike) -> Path:
         """Write to `.json` or `.json.gz`, or the rows alone to `.csv`; whole or not at all."""
         path = Path(path)
-        return files.write_bytes(path, self.to_csv().encode()) if path.suffix == ".csv" else super().save(path)
+        return self.to_csv(path) if path.suffix == ".csv" else super().save(path)
+
+    def _columns(self) -> dict[str, Column]:
+        return {each.name: [getattr(row, each.name) for row in self.rows] for each in dataclasses.fields(Row)}
 
     def _payload(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

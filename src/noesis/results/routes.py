@@ -12,6 +12,7 @@ from ..kernels.routing import ENTROPY, FIELDS, MEASURED, NEIGHBOURS, SWITCHES, T
 from ..numerics import Floats, Ints
 from ..text import counted, plain, table
 from .saved import Saved
+from .tabular import Column, Tabular
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,12 +98,14 @@ class Routing:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Routes(Routing, Saved):
+class Routes(Routing, Saved, Tabular):
     """How the routers of a Mixture-of-Experts model sent the tokens of a run to experts.
 
     `expert_load`, `entropy`, `cv`, `idle`, `switching`, `tokens` and `counts` are per step and layer, and
     those of `totals` per layer over the whole run. Padding is counted like any token, since routers
     route it.
+
+    As a table (`to_csv`, `to_dataframe`) it has a row per step and router, with the tokens of each expert.
 
     Attributes:
         sums: int64 [steps, layers, experts + 5], from which the others follow.
@@ -212,6 +215,20 @@ class Routes(Routing, Saved):
         }
 
     # ------------------------------------------------------------ showing
+
+    def _columns(self) -> dict[str, Column]:
+        steps, experts = len(self), np.tile(self.experts, len(self))
+        found: dict[str, Column] = {
+            "step": self.steps.repeat(len(self.layers)),
+            "layer": self.layers * steps,
+            "experts": experts,
+        }
+        found |= {name: getattr(self, name).ravel() for name in ("tokens", "entropy", "cv", "idle", "switching")}
+        for expert in range(self.counts.shape[-1]):
+            sent = self.counts[..., expert].ravel().tolist()
+            there = expert < experts
+            found[f"expert_{expert}"] = [number if yes else None for number, yes in zip(sent, there, strict=True)]
+        return found
 
     def plot(self, path: files.PathLike | None = None) -> Figure:
         """A heat map of the experts' load over the whole run, layers down; needs the extra `viz`."""

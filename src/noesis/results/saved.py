@@ -10,6 +10,7 @@ from .. import files
 from ..errors import BadFile
 
 S = TypeVar("S", bound="Saved")
+T = TypeVar("T", str, int)
 #: What JSON or tensors that do not fit together make of themselves while a result is made of them.
 MISFITS = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError)
 
@@ -110,3 +111,14 @@ class Saved:
     def _from_arrays(cls: type[S], arrays: files.Arrays, header: dict[str, Any]) -> S:
         """From tensors and what stands beside them; likewise."""
         raise NotImplementedError
+
+
+def list_of(kind: type[T], values: Any) -> list[T]:
+    """Values from JSON, once they are a list of strings, or of whole numbers.
+
+    Raises:
+        TypeError: when they are not.
+    """
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        raise TypeError(f"expected a list of {kind.__name__}")
+    return values

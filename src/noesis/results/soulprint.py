@@ -15,14 +15,17 @@ from ..numerics import Floats
 from ..text import counted, plain, table
 from .comparison import Comparison, compare
 from .saved import Saved
+from .tabular import Column, Tabular
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 @dataclass(eq=False, repr=False)
-class Soulprint(Saved):
+class Soulprint(Saved, Tabular):
     """Each layer's mean and standard deviation, averaged over the steps of a run.
+
+    As a table (`to_csv`, `to_dataframe`) it has a row per layer.
 
     Attributes:
         means: float64 [layers].
@@ -120,6 +123,9 @@ class Soulprint(Saved):
         if not isinstance(header["layers"], list) or type(header["steps"]) is not int:
             raise TypeError("layers has to be a list, steps a whole number")
         return cls(means, stds, header["layers"], header["steps"], dict(header["meta"]))
+
+    def _columns(self) -> dict[str, Column]:
+        return {"layer": self.layers, "mean": self.means, "std": self.stds}
 
     def plot(self, other: Soulprint | None = None, path: files.PathLike | None = None) -> Figure:
         """Bars of mean and std per layer, beside those of another run if given; needs the extra `viz`."""

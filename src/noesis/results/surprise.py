@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,8 @@ from .. import files
 from ..errors import BadValue, WrongState
 from ..numerics import Floats, benjamini_hochberg
 from ..text import table
+from .saved import Saved, list_of
+from .tabular import Column, Tabular
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 #: Samples shown by `repr`.
 SHOWN = 8
+#: Arrays of a surprise that a file holds, and those of each of its layers; the last ones may be missing.
+OWN = ("score", "doubt", "doubt_surprisal", "doubt_p_value", "calibrated")
+OF_LAYERS = ("code_length", "mixture", "residual", "norm", "nearest", "usual", "surprisal", "p_value", "positions")
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,11 @@ class Reason:
 
 
 @dataclass
-class Surprise:
+class Surprise(Saved, Tabular):
     """How strange the samples of a forward are; no sample's figures depend on the others.
+
+    As a table (`to_csv`, `to_dataframe`) it has a row per sample, with `<layer>/code_length`, and after calibration
+    `<layer>/surprisal` and `<layer>/p_value`, of each layer.
 
     Attributes:
         score: float64 [N] in nats, higher is stranger; before calibration the mean code length over layers.
@@ -88,6 +96,8 @@ class Surprise:
         >>> surprise.explain(1)[0].layer
         '1'
     """
+
+    kind: ClassVar[str] = "surprise"
 
     score: Floats
     layers: dict[str, LayerSurprise]
@@ -178,6 +188,49 @@ class Surprise:
             rows["logits"] = self.doubt_surprisal
         return list(rows), np.stack(list(rows.values()))
 
+    # ------------------------------------------------------------ files
+
+    def _header(self) -> dict[str, Any]:
+        return {"layers": list(self.layers), "absent": self.absent}
+
+    def _arrays(self) -> files.Arrays:
+        found = {name: getattr(self, name) for name in OWN}
+        for index, layer in enumerate(self.layers.values()):
+            found |= {f"{index}.{name}": getattr(layer, name) for name in OF_LAYERS}
+        return {name: np.asarray(array) for name, array in found.items() if array is not None}
+
+    def _payload(self) -> dict[str, Any]:
+        arrays = {name: files.number_lists(array) for name, array in self._arrays().items()}
+        return {**self._header(), "arrays": arrays}
+
+    @classmethod
+    def _from_payload(cls, payload: dict[str, Any]) -> Surprise:
+        arrays = {name: np.asarray(values, dtype=np.float64) for name, values in payload["arrays"].items()}
+        return cls._from_arrays(arrays, payload)
+
+    @classmethod
+    def _from_arrays(cls, arrays: files.Arrays, header: dict[str, Any]) -> Surprise:
+        names, absent = (list_of(str, header[key]) for key in ("layers", "absent"))
+        samples = arrays["score"].shape
+        if len(samples) != 1 or len(set(names)) != len(names):
+            raise ValueError(f"scores of shape {samples}, or a layer twice")
+        whole = {name: _checked(name, arrays[name], samples) for name in OWN if name in arrays}
+        layers = {name: _layer(arrays, index, samples) for index, name in enumerate(names)}
+        return cls(layers=layers, absent=absent, **whole)
+
+    # ------------------------------------------------------------ showing
+
+    def _columns(self) -> dict[str, Column]:
+        found: dict[str, Column] = {"sample": np.arange(len(self)), "score": self.score}
+        if self.calibrated is not None and not self.absent:
+            found["p_value"] = self.calibrated
+        doubts = ("doubt", "doubt_surprisal", "doubt_p_value")
+        found |= {name: getattr(self, name) for name in doubts if getattr(self, name) is not None}
+        for name, layer in self.layers.items():
+            said = {"code_length": layer.code_length, "surprisal": layer.surprisal, "p_value": layer.p_value}
+            found |= {f"{name}/{what}": values for what, values in said.items() if values is not None}
+        return found
+
     def plot(self, path: files.PathLike | None = None) -> Figure:
         """A heat map of channels by samples; needs the extra `viz`."""
         from .. import plots
@@ -199,3 +252,31 @@ class Surprise:
         rest = f"\n... and {len(self) - len(shown)} more" if len(self) > len(shown) else ""
         note = "" if self.calibrated is not None else "\nno p-values yet: they need wrapped.calibrate(loader)"
         return f"Surprise of {len(self)} samples in {len(self.layers)} layers\n{table(header, lines)}{rest}{note}"
+
+
+def _layer(arrays: files.Arrays, index: int, samples: tuple[int, ...]) -> LayerSurprise:
+    """One layer's word from the arrays of a file."""
+    given = {name: arrays[f"{index}.{name}"] for name in OF_LAYERS if f"{index}.{name}" in arrays}
+    positions = given["positions"].shape if "positions" in given else samples
+    if positions[:1] != samples or ("surprisal" in given) != ("p_value" in given):
+        raise ValueError(f"positions of shape {positions}, or one of surprisal and p-value without the other")
+    shapes = {"nearest": positions, "positions": positions, "usual": (3,)}
+    found: dict[str, Any] = {name: _checked(name, given[name], shapes.get(name, samples)) for name in given}
+    found["usual"] = tuple(found["usual"].tolist())
+    return LayerSurprise(**found)
+
+
+def _checked(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """An array of a file, once it is what one of this name can be."""
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+    if name == "nearest":
+        if not ((array >= 0) & (array < 2**31) & (array == np.floor(array))).all():
+            raise ValueError("nearest holds something else than whole numbers from 0")
+        return array.astype(np.int64)
+    array = array.astype(np.float64, copy=False)
+    if name in ("score", "code_length", "surprisal", "doubt_surprisal", "usual") and np.isnan(array).any():
+        raise ValueError(f"{name} has NaN")
+    if name in ("p_value", "doubt_p_value", "calibrated") and not ((array > 0) & (array <= 1)).all():
+        raise ValueError(f"{name} is not within (0, 1]")
+    return array

@@ -15,7 +15,8 @@ from .. import files
 from ..errors import BadType, BadValue
 from ..numerics import Floats, Token
 from ..text import counted, first_few, plain, table
-from .saved import Saved
+from .saved import Saved, list_of
+from .tabular import Column, Tabular
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,10 +38,12 @@ class TokenDelta(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TokenDeltas(Saved):
+class TokenDeltas(Saved, Tabular):
     """How far two runs are apart at each aligned token and layer, as 1 - cosine of the hidden states.
 
     0 is the same direction, 1 orthogonal, 2 opposite; NaN where a hidden state is not finite.
+
+    As a table (`to_csv`, `to_dataframe`) it has a row per aligned token and layer.
 
     Attributes:
         values: deltas, float64 `[aligned tokens, layers]`.
@@ -169,6 +172,16 @@ class TokenDeltas(Saved):
                 lines.append(f"... {len(divergent) - len(rows)} more")
         return "\n".join(lines)
 
+    def _columns(self) -> dict[str, Column]:
+        layers = len(self.layers)
+        return {
+            "token": [token for token in self.tokens for _ in self.layers],
+            "position_a": np.repeat(self.positions_a, layers),
+            "position_b": np.repeat(self.positions_b, layers),
+            "layer": self.layers * len(self.positions_a),
+            "delta": self.values.ravel(),
+        }
+
     def _payload(self) -> dict[str, Any]:
         return {
             "layers": self.layers,
@@ -184,7 +197,7 @@ class TokenDeltas(Saved):
 
     @classmethod
     def _from_payload(cls, payload: dict[str, Any]) -> TokenDeltas:
-        layers, only_in_a, only_in_b = (_strings(payload[key]) for key in ("layers", "only_in_a", "only_in_b"))
+        layers, only_in_a, only_in_b = (list_of(str, payload[key]) for key in ("layers", "only_in_a", "only_in_b"))
         tokens_a, tokens_b = as_tokens(payload["tokens_a"], "tokens_a"), as_tokens(payload["tokens_b"], "tokens_b")
         positions_a = _positions(payload["positions_a"], len(tokens_a))
         positions_b = _positions(payload["positions_b"], len(tokens_b))
@@ -227,12 +240,6 @@ def as_threshold(threshold: Any) -> float:
     if not 0 <= threshold <= 2:  # NaN too
         raise BadValue(f"threshold is {threshold!r}", "a number from 0 to 2", "Leave it out for the default")
     return float(threshold)
-
-
-def _strings(values: Any) -> list[str]:
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise TypeError("expected a list of strings")
-    return values
 
 
 def _positions(values: Any, length: int) -> list[int]:

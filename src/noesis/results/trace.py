@@ -19,7 +19,8 @@ from ..text import counted, plain, table
 from .columns import COLUMNS, from_file, to_arrays, to_header, whole
 from .saved import Saved
 from .soulprint import Soulprint
-from .statistics import ALWAYS, OPTIONAL, fields_of, stats_of
+from .statistics import ALWAYS, COUNTS, OPTIONAL, fields_of, stats_of
+from .tabular import Column, Tabular
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False, repr=False)
-class Trace(Saved):
+class Trace(Saved, Tabular):
     """The statistics of every observed layer at every step of a run.
+
+    As a table (`to_csv`, `to_dataframe`) it has a row per step and layer; samples have tables of their own.
 
     Attributes:
         values: float64 [steps, layers, stats]. Statistics are over the finite elements of a layer's
@@ -342,6 +345,22 @@ class Trace(Saved):
         return cls.of(values, run.layers, ALWAYS, steps=np.array(run.steps, dtype=np.int64), meta=meta)
 
     # ------------------------------------------------------------ showing
+
+    def _columns(self) -> dict[str, Column]:
+        steps, layers = len(self.steps), len(self.layers)
+        found: dict[str, Column] = {
+            "step": self.steps.repeat(layers),
+            "timestep": self.timesteps.repeat(layers),
+            "branch": [branch for branch in self.branches for _ in self.layers],
+            "batch_size": self.batches.repeat(layers),
+            "layer": self.layers * steps,
+            "order": self.order.ravel(),
+            "calls": self.calls.ravel(),
+        }
+        for name in self.stats:
+            values = self[name].ravel()
+            found[name] = values.astype(np.int64) if name in COUNTS and np.isfinite(values).all() else values
+        return found
 
     def plot(self, stat: str = "std", path: files.PathLike | None = None) -> Figure:
         """A heat map of one statistic, steps across and layers down; needs the extra `viz`."""

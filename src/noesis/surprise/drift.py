@@ -23,13 +23,16 @@ alpha (Ville 1939).
 from __future__ import annotations
 
 import math
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .. import files
 from ..errors import BadType, BadValue, WrongState
-from ..results import Surprise
-from .calibration import Calibration
+from ..numerics import Floats, Ints
+from ..results import Saved, Surprise
+from .calibration import Calibration, p_values
 
 #: Exponents of the bets: 0.05 wins most by few very strange inputs, 0.95 by many that are a little strange.
 EXPONENTS = np.linspace(0.05, 0.95, 10)
@@ -39,7 +42,7 @@ MOST = 1e250
 ROUNDING = 0.01
 
 
-class DriftMonitor:
+class DriftMonitor(Saved):
     """Watches the p-values of a stream of inputs, and raises an alarm when they drift towards strange ones.
 
     If the stream is exchangeable with the calibration samples (independent draws from the same source are), the
@@ -48,6 +51,9 @@ class DriftMonitor:
     streams of 2,000 to 10,000 (nearly all, if p-values are taken for independent). Inputs that depend on each other,
     such as the frames of a video, are not exchangeable; pass every n-th. Drift towards inputs that are less strange
     is not looked for.
+
+    `save` and `DriftMonitor.load` keep a monitor between processes, calibration scores and draws included: a stream
+    that is cut in two is judged as if it had not been.
 
     After drift the stream becomes its own reference little by little, so drift that is weak against the number of
     normal scores before it (calibration samples included) may never be found. With 500 calibration scores, inputs
@@ -74,6 +80,8 @@ class DriftMonitor:
         True
     """
 
+    kind: ClassVar[str] = "drift_monitor"
+
     def __init__(self, calibration: Calibration, *, alpha: float = 0.01, seed: int = 0) -> None:
         """A monitor that has seen nothing.
 
@@ -83,23 +91,27 @@ class DriftMonitor:
             seed: of the generator that breaks ties; no other random numbers are consumed.
 
         Raises:
-            NoesisError: for anything else than a calibration, or an alpha that is no chance.
+            NoesisError: for anything else than a calibration, an alpha that is no chance, or a seed that is no number.
         """
         if not isinstance(calibration, Calibration):
             given = "None" if calibration is None else f"a {type(calibration).__name__}"
             raise BadType(f"DriftMonitor({given})", "a calibration", "Pass wrapped.calibrate(loader)'s result")
         if not 0 < alpha < 1:
             raise BadValue(f"DriftMonitor(alpha={alpha})", "a chance between 0 and 1", "Pass alpha=0.01")
-        self.alpha = alpha
-        self._calibration = calibration
-        self._seed = seed
+        if not isinstance(seed, (int, np.integer)) or seed < 0:
+            raise BadType(f"DriftMonitor(seed={seed!r})", "a whole number from 0", "Leave it out for 0")
+        self.alpha = float(alpha)
+        self._scores: Floats = calibration.scores
+        self._by_class = calibration.classes is not None
+        self._calibrated = repr(calibration)
+        self._seed = int(seed)
         self.reset()
 
     def reset(self) -> None:
         """Forget the stream: no observation, no alarm. The bound then holds for what follows."""
         self._generator = np.random.default_rng(self._seed)
-        self._counts = np.zeros(len(self._calibration.scores) + 1, np.int64)  # of the stream, at each place
-        self._bets = np.zeros(len(EXPONENTS))
+        self._counts: Ints = np.zeros(len(self._scores) + 1, np.int64)  # of the stream, at each place
+        self._bets: Floats = np.zeros(len(EXPONENTS))
         self.seen = 0
         self.alarm_at: int | None = None
 
@@ -148,12 +160,12 @@ class DriftMonitor:
 
     def _places(self, given: ArrayLike | Surprise) -> NDArray[np.int64]:
         """How many calibration scores are at least as strange as each observation."""
-        calibration, grid = self._calibration, len(self._counts)
+        grid = len(self._counts)
         if isinstance(given, Surprise):
-            p = calibration.p_value(given.score)  # without classes, also where there are some
-            if calibration.classes is None and not np.array_equal(p, given.p_value):
-                raise _other(f"A surprise with p-values of another calibration than {calibration!r}", grid)
-        elif calibration.classes is not None:
+            p = p_values(self._scores, given.score)  # without classes, also where there are some
+            if not self._by_class and not np.array_equal(p, given.p_value):
+                raise _other(f"A surprise with p-values of another calibration than {self._calibrated}", grid)
+        elif self._by_class:
             raise WrongState(
                 "p-values of a calibration by class",
                 "what ranks inputs of all classes together",
@@ -171,6 +183,59 @@ class DriftMonitor:
         if len(wrong):
             raise _other(f"p-value {p[wrong[0]]} at {wrong[0]}", grid)
         return places.astype(np.int64) - 1
+
+    # ------------------------------------------------------------ files
+
+    def _header(self) -> dict[str, Any]:
+        generator = self._generator.bit_generator.state
+        return {
+            "alpha": self.alpha,
+            "seed": self._seed,
+            "seen": self.seen,
+            "alarm_at": self.alarm_at,
+            "by_class": self._by_class,
+            "calibration": self._calibrated,
+            # As text: numbers of 128 bits are beyond what most readers of JSON can hold.
+            "generator": {name: str(value) for name, value in generator["state"].items()},
+        }
+
+    def _arrays(self) -> files.Arrays:
+        return {"scores": self._scores, "counts": self._counts, "bets": self._bets}
+
+    def _payload(self) -> dict[str, Any]:
+        return {**self._header(), **{name: files.number_lists(array) for name, array in self._arrays().items()}}
+
+    @classmethod
+    def _from_payload(cls, payload: dict[str, Any]) -> DriftMonitor:
+        arrays = {name: np.asarray(payload[name], dtype=np.float64) for name in ("scores", "counts", "bets")}
+        return cls._from_arrays(arrays, payload)
+
+    @classmethod
+    def _from_arrays(cls, arrays: files.Arrays, header: dict[str, Any]) -> DriftMonitor:
+        scores, counts, bets = arrays["scores"], arrays["counts"], arrays["bets"]
+        if scores.ndim != 1 or not len(scores) or not (scores[1:] >= scores[:-1]).all() or np.isnan(scores[0]):
+            raise ValueError("scores that are not in order")
+        if counts.shape != (len(scores) + 1,) or not ((counts >= 0) & (counts == np.floor(counts))).all():
+            raise ValueError(f"counts of shape {counts.shape}, or that are no whole numbers from 0")
+        if bets.shape != EXPONENTS.shape or not ((bets >= 0) & (bets <= MOST)).all():
+            raise ValueError(f"bets of shape {bets.shape}, or that are no capital")
+        alpha, seed, seen, alarm_at = (header[name] for name in ("alpha", "seed", "seen", "alarm_at"))
+        if type(alpha) is not float or not 0 < alpha < 1 or type(seed) is not int or type(seen) is not int:
+            raise TypeError(f"alpha={alpha!r}, seed={seed!r}, seen={seen!r}")
+        if counts.sum() != seen or not (alarm_at is None or (type(alarm_at) is int and 0 <= alarm_at < seen)):
+            raise ValueError(f"{seen} seen, counts of {counts.sum():.0f}, alarm_at={alarm_at!r}")
+        monitor = cls.__new__(cls)
+        monitor.alpha, monitor._seed = alpha, seed
+        monitor._scores, monitor._by_class = scores.astype(np.float64), bool(header["by_class"])
+        monitor._calibrated = str(header["calibration"])
+        monitor.reset()
+        monitor._counts, monitor._bets = counts.astype(np.int64), bets.astype(np.float64)
+        monitor.seen, monitor.alarm_at = seen, alarm_at
+        state = {name: int(text) for name, text in header["generator"].items()}
+        monitor._generator.bit_generator.state = {**monitor._generator.bit_generator.state, "state": state}
+        return monitor
+
+    # ------------------------------------------------------------ showing
 
     def __repr__(self) -> str:
         alarm = f"alarm at observation {self.alarm_at}" if self.alarm else "no alarm"
