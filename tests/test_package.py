@@ -46,7 +46,7 @@ PUBLIC = [
     "wrap",
 ]
 CORE = {"torch", "numpy", "safetensors", "loguru"}
-OPTIONAL = ["accelerate", "diffusers", "lightning", "matplotlib", "numba", "peft", "sklearn", "transformers"]
+OPTIONAL = ["accelerate", "diffusers", "lightning", "matplotlib", "numba", "pandas", "peft", "sklearn", "transformers"]
 
 
 def test_public_names() -> None:

@@ -122,7 +122,7 @@ def _run_in(
     if contents.format == "noesis.soulprint":
         return Soulprint._of(contents)
     if old == v01.TRACE or contents.format == "noesis.trace":
-        return Trace._of(contents, run)
+        return Trace._read(contents, run)
     return None
 
 

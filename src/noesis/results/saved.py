@@ -61,7 +61,7 @@ class Saved:
         Raises:
             NoesisError: (a ValueError) for a broken file, another kind or version; (a FileNotFoundError) for none.
         """
-        return cls._of(files.read_contents(path, cls.kind, numbers=cls.numbers, whole=cls.whole_numbers))
+        return cls._read(files.read_contents(path, cls.kind, numbers=cls.numbers, whole=cls.whole_numbers))
 
     @classmethod
     def from_json(cls: type[S], value: str | Mapping[str, Any], path: Path | str = "the JSON") -> S:
@@ -73,6 +73,11 @@ class Saved:
         if isinstance(value, str):
             value = files.parse_json(value, path, numbers=cls.numbers, whole=cls.whole_numbers)
         return cls._of(files.Contents(path, value))
+
+    @classmethod
+    def _read(cls: type[S], contents: files.Contents) -> S:
+        """From what a file holds, which may be older than noesis' own formats."""
+        return cls._of(contents)
 
     @classmethod
     def _of(cls: type[S], contents: files.Contents) -> S:

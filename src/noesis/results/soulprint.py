@@ -93,10 +93,10 @@ class Soulprint(Saved, Tabular):
         return super().load(path)
 
     @classmethod
-    def _of(cls, contents: files.Contents) -> Soulprint:
+    def _read(cls, contents: files.Contents) -> Soulprint:
         if v01.looks_like(contents.header):
             return cls._from_v01(v01.print_of(contents.header, Path(contents.path)))
-        return super()._of(contents)
+        return cls._of(contents)
 
     @classmethod
     def _from_v01(cls, old: v01.Print) -> Soulprint:

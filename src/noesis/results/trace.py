@@ -266,13 +266,13 @@ class Trace(Saved, Tabular):
                     f"{path} holds no trace", "trace.safetensors, trace.json or v0.1 files", "Check the path"
                 )
             return cls._from_v01(v01.read_run(path, run))
-        return cls._of(files.read_contents(path, cls.kind, numbers=cls.numbers), run)
+        return cls._read(files.read_contents(path, cls.kind, numbers=cls.numbers), run)
 
     @classmethod
-    def _of(cls, contents: files.Contents, run: str | None = None) -> Trace:
+    def _read(cls, contents: files.Contents, run: str | None = None) -> Trace:
         if v01.looks_like(contents.header):
             return cls._from_v01(v01.run_of(contents.header, Path(contents.path), run))
-        return super()._of(contents)
+        return cls._of(contents)
 
     def _header(self) -> dict[str, Any]:
         return {
