@@ -40,7 +40,7 @@ _ITEMS = re.compile(rf"{_ITEM}(?:\s*,\s*{_ITEM})*(?=\s*[,\]])")
 _SPACE = re.compile(r"[ \t\n\r]*")
 _FLAT = re.compile(r'\[[^\[\]{}"]*\]')
 _ROWS = re.compile(r'\[[^\[\]{}"]*\](?:\s*,\s*\[[^\[\]{}"]*\])*')
-_RUN = re.compile(r'[^\[\]{}"]+')
+_STRETCH = re.compile(r'[^\[\]{}"]+')
 
 
 class NoArrayError(ValueError):
@@ -95,42 +95,69 @@ def parsed(
         NoesisError: when it would take too much.
         ValueError: when it is no JSON, or (a NoArrayError) there is no array where one belongs.
     """
-    parser = _Parser(text, size, path, held, numbers, "q" if whole else "d")
+    budget = _Budget(size, path, held + sys.getsizeof(text))
+    parser = _Parser(text, budget, numbers, "q" if whole else "d")
     value, end = parser.value(parser.skip(0))
     if (end := parser.skip(end)) != len(text):
         raise JSONDecodeError("Extra data", text, end)
     return value
 
 
-class _Parser:
-    """A reader that pays for each object before it makes the next."""
+class _Budget:
+    """The memory that the objects of a text may take."""
 
-    def __init__(self, text: str, size: int, path: object, held: int, numbers: Collection[str], code: str) -> None:
-        self.text, self.size, self.path, self.numbers, self.code = text, size, path, frozenset(numbers), code
+    def __init__(self, size: int, path: object, taken: int) -> None:
+        self.size, self.path = size, path
         self.most = max(LEAST_BOUND, LARGEST_IN_MEMORY * size)
-        self.left = self.most - held - sys.getsizeof(text)
-        self.known: dict[str, str] = {}
-        self.scan = make_scanner(json.JSONDecoder(object_pairs_hook=self._object_of))  # type: ignore[arg-type]
-        self.long_at = 0  # what begins before did not end within a window, or would not
-        self.width = max(1, sys.getsizeof(text) // max(1, len(text)))  # bytes per character
+        self.left = self.most - taken
 
     def pay(self, needed: int) -> None:
-        """Count bytes of memory."""
+        """Count bytes."""
         self.left -= needed
         if self.left < 0:
             raise BadFile(
                 f"{self.path} would take more than {self.most} bytes of memory for {self.size} of JSON", *_NOT_TRUSTED
             )
 
+
+class _Text:
+    """A JSON text, and the way from value to value."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
     def skip(self, at: int) -> int:
         """Past white space."""
         return _SPACE.match(self.text, at).end()  # type: ignore[union-attr]  # it matches nothing too
+
+    def next(self, at: int, close: str) -> tuple[int, bool]:
+        """Past the comma that follows here, or past the end, and whether it was that."""
+        at = self.skip(at)
+        if self.text[at : at + 1] == close:
+            return at + 1, True
+        if self.text[at : at + 1] != ",":
+            raise JSONDecodeError("Expecting ',' delimiter", self.text, at)
+        return self.skip(at + 1), False
+
+
+class _Parser(_Text):
+    """Reads values, and pays for each object before it makes the next."""
+
+    def __init__(self, text: str, budget: _Budget, numbers: Collection[str], code: str) -> None:
+        super().__init__(text)
+        self.budget, self.pay = budget, budget.pay
+        self.strings = _Strings(text, budget)
+        self.string, self.kept = self.strings.read, self.strings.kept
+        self.arrays = _Arrays(text, budget, code)
+        self.numbers = frozenset(numbers)
+        self.scan = make_scanner(json.JSONDecoder(object_pairs_hook=self._object_of))  # type: ignore[arg-type]
+        self.long_at = 0  # what begins before did not end within a window, or would not
 
     def value(self, at: int, numeric: bool = False, outermost: bool = True) -> tuple[Any, int]:
         """The value that begins here, and where it ends."""
         first = self.text[at : at + 1]
         if numeric and first != "{":
-            return self.lists_of_numbers(at)
+            return self.arrays.read(at)
         if first == '"':
             return self.string(at)
         if first not in ("[", "{"):
@@ -143,31 +170,15 @@ class _Parser:
 
     def short(self, at: int) -> tuple[Any, int]:
         """The list or object that begins here, if it ends within a window; else it ends at 0."""
-        before = self.left
+        before = self.budget.left
         try:
             value, end = self.scan(self.text[at : at + _WINDOW], 0)
         except (JSONDecodeError, StopIteration):  # cut off, or no JSON, which will be found again
-            self.left, self.long_at = before, at + _WINDOW // 2
+            self.budget.left, self.long_at = before, at + _WINDOW // 2
             return None, 0
         if type(value) is list:
             self.pay(_weight(value))
         return value, at + end
-
-    def string(self, at: int) -> tuple[str, int]:
-        """The string that begins here; each short one is kept once."""
-        close = self._close_of(at)
-        needed = self._needed_for(at, close) if close - at > _WINDOW else 0
-        self.pay(needed)
-        found, end = scanstring(self.text, at + 1)
-        self.left += needed
-        return self._kept(found), end
-
-    def _needed_for(self, at: int, close: int) -> int:
-        """Bytes of the string between these quotes at most, and of what it is put together from."""
-        wide, escapes = _WIDE.search(self.text, at, close), self.text.count("\\u", at, close)
-        characters = close - at - 5 * (escapes - self.text.count("\\\\u", at, close))
-        width = max(self.width, 1 if wide is None else 4 if _WIDEST.search(self.text, at, close) else 2)
-        return characters * (width if width == self.width else width + self.width)
 
     def entries(self, at: int, numeric: bool, outermost: bool) -> tuple[dict[str, Any], int]:
         """The object that begins here, entry by entry."""
@@ -182,7 +193,7 @@ class _Parser:
             if self.text[at : at + 1] != ":":
                 raise JSONDecodeError("Expecting ':' delimiter", self.text, at)
             found[key], at = self.value(self.skip(at + 1), numeric or (outermost and key in self.numbers), False)
-            at, ended = self._next(at, "}")
+            at, ended = self.next(at, "}")
             if ended:
                 return found, at
         return found, at + 1
@@ -201,13 +212,88 @@ class _Parser:
                 self.pay(_PLACE)
                 value, at = self.value(at, outermost=False)
                 found.append(value)
-            at, ended = self._next(at, "]")
+            at, ended = self.next(at, "]")
             if ended:
                 return found, at
         return found, at + 1
 
-    def lists_of_numbers(self, at: int) -> tuple[NDArray[Any], int]:
-        """The lists of numbers that begin here, as an array."""
+    def _scanned(self, at: int) -> tuple[Any, int]:
+        """The number, or the name of a constant, that stands here."""
+        try:
+            value, end = self.scan(self.text, at)
+        except StopIteration:
+            raise JSONDecodeError("Expecting value", self.text, at) from None
+        self.pay(_weight(value))
+        return value, end
+
+    def _object_of(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """The object of a window with these entries; the objects in it are made, and paid for, before."""
+        found, kept = {}, self.kept
+        for key, value in pairs:
+            if type(value) is str:
+                found[kept(key)] = kept(value)
+            else:
+                self.pay(_weight(value))
+                found[kept(key)] = value
+        self.pay(sys.getsizeof(found) + _HEAD)
+        return found
+
+
+class _Strings:
+    """Reads strings, and keeps each short one once."""
+
+    def __init__(self, text: str, budget: _Budget) -> None:
+        self.text, self.budget = text, budget
+        self.known: dict[str, str] = {}
+        self.width = max(1, sys.getsizeof(text) // max(1, len(text)))  # bytes per character
+
+    def read(self, at: int) -> tuple[str, int]:
+        """The string that begins here, and where it ends."""
+        close = self._close_of(at)
+        needed = self._needed_for(at, close) if close - at > _WINDOW else 0
+        self.budget.pay(needed)
+        found, end = scanstring(self.text, at + 1)
+        self.budget.left += needed
+        return self.kept(found), end
+
+    def kept(self, found: str) -> str:
+        """A string, or the equal one that came before."""
+        before = self.known.get(found)
+        if before is not None:
+            return before
+        self.budget.pay(sys.getsizeof(found) + _HEAD)
+        if len(found) <= _SHORT and len(self.known) < _KNOWN:
+            self.known[found] = found
+        return found
+
+    def _close_of(self, at: int) -> int:
+        """Where the string that begins here ends."""
+        close = at
+        while (close := self.text.find('"', close + 1)) > 0:
+            back = close
+            while self.text[back - 1] == "\\":
+                back -= 1
+            if (close - back) % 2 == 0:
+                return close
+        raise JSONDecodeError("Unterminated string starting at", self.text, at)
+
+    def _needed_for(self, at: int, close: int) -> int:
+        """Bytes of the string between these quotes at most, and of what it is put together from."""
+        wide, escapes = _WIDE.search(self.text, at, close), self.text.count("\\u", at, close)
+        characters = close - at - 5 * (escapes - self.text.count("\\\\u", at, close))
+        width = max(self.width, 1 if wide is None else 4 if _WIDEST.search(self.text, at, close) else 2)
+        return characters * (width if width == self.width else width + self.width)
+
+
+class _Arrays(_Text):
+    """Reads lists of numbers as arrays."""
+
+    def __init__(self, text: str, budget: _Budget, code: str) -> None:
+        super().__init__(text)
+        self.budget, self.code = budget, code
+
+    def read(self, at: int) -> tuple[NDArray[Any], int]:
+        """The lists of numbers that begin here, and where they end."""
         if self.text[at : at + 1] != "[":
             raise NoArrayError(f"no list of numbers at character {at}")
         found = array(self.code)
@@ -231,26 +317,26 @@ class _Parser:
                 inner.add(of_one)
                 count += 1
             else:
-                length, at = self._run(found, at)
+                length, at = self._stretch(found, at)
                 inner.add(())
                 count += length
             if len(inner) > 1:
                 raise NoArrayError(f"lists of different lengths before character {at}")
-            at, ended = self._next(at, "]")
+            at, ended = self.next(at, "]")
             if ended:
                 return (count, *inner.pop()), at
         return (0,), at + 1
 
-    def _run(self, found: array[Any], at: int) -> tuple[int, int]:
+    def _stretch(self, found: array[Any], at: int) -> tuple[int, int]:
         """Add the numbers from here up to a bracket, or as many as fit a window; how many, and where they end."""
-        match = _RUN.match(self.text, at, at + _PIECE)
-        run = "" if match is None else match[0]
-        if self.text[at + len(run) : at + len(run) + 1] != "]":  # up to the last comma: a number may be cut off
-            run = run[: max(0, run.rfind(","))]
-        if not run:
+        match = _STRETCH.match(self.text, at, at + _PIECE)
+        numbers = "" if match is None else match[0]
+        if self.text[at + len(numbers) : at + len(numbers) + 1] != "]":  # up to the last comma: one may be cut off
+            numbers = numbers[: max(0, numbers.rfind(","))]
+        if not numbers:
             raise JSONDecodeError("Expecting a number", self.text, at)
-        [length] = self._add(found, f"[{run}]")
-        return length, at + len(run)
+        [length] = self._add(found, f"[{numbers}]")
+        return length, at + len(numbers)
 
     def _add(self, found: array[Any], flat: str) -> tuple[int, ...]:
         """Add a list of numbers, or of rows of them; its shape."""
@@ -261,60 +347,10 @@ class _Parser:
             raise NoArrayError(str(error)) from None
         if self.code == "q" and numbers.size and numbers.dtype.kind not in "iu":
             raise NoArrayError(f"numbers of type {numbers.dtype}, expected whole ones")
-        self.pay(9 * numbers.size or _HEAD + len(flat))  # `found` grows by a sixteenth more; nothing is for nothing
+        # `found` grows by a sixteenth more; nothing is for nothing.
+        self.budget.pay(9 * numbers.size or _HEAD + len(flat))
         found.frombytes(numbers.astype(self.code).tobytes())
         return numbers.shape
-
-    def _next(self, at: int, close: str) -> tuple[int, bool]:
-        """Past the comma that follows here, or past the end, and whether it was that."""
-        at = self.skip(at)
-        if self.text[at : at + 1] == close:
-            return at + 1, True
-        if self.text[at : at + 1] != ",":
-            raise JSONDecodeError("Expecting ',' delimiter", self.text, at)
-        return self.skip(at + 1), False
-
-    def _scanned(self, at: int) -> tuple[Any, int]:
-        """The number, or the name of a constant, that stands here."""
-        try:
-            value, end = self.scan(self.text, at)
-        except StopIteration:
-            raise JSONDecodeError("Expecting value", self.text, at) from None
-        self.pay(_weight(value))
-        return value, end
-
-    def _close_of(self, at: int) -> int:
-        """Where the string that begins here ends."""
-        close = at
-        while (close := self.text.find('"', close + 1)) > 0:
-            back = close
-            while self.text[back - 1] == "\\":
-                back -= 1
-            if (close - back) % 2 == 0:
-                return close
-        raise JSONDecodeError("Unterminated string starting at", self.text, at)
-
-    def _object_of(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        """The object of a window with these entries; the objects in it are made, and paid for, before."""
-        found = {}
-        for key, value in pairs:
-            if type(value) is str:
-                found[self._kept(key)] = self._kept(value)
-            else:
-                self.pay(_weight(value))
-                found[self._kept(key)] = value
-        self.pay(sys.getsizeof(found) + _HEAD)
-        return found
-
-    def _kept(self, text: str) -> str:
-        """A string, or the equal one that came before."""
-        before = self.known.get(text)
-        if before is not None:
-            return before
-        self.pay(sys.getsizeof(text) + _HEAD)
-        if len(text) <= _SHORT and len(self.known) < _KNOWN:
-            self.known[text] = text
-        return text
 
 
 def _weight(value: Any) -> int:
