@@ -283,6 +283,23 @@ def test_imports_run_downwards() -> None:
     assert violations(PACKAGE) == []
 
 
+MOST_LINES = 400
+#: Files that are longer, and by how much they may be: these can only shrink.
+LONGER = {
+    "kernels/moments/_triton.py": 486,
+    "observing/recorder.py": 424,
+    "results/trace.py": 428,
+}
+
+
+def test_files_are_of_one_purpose_and_so_of_few_lines() -> None:
+    lines = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    found = {name: count for name, count in lines.items() if count > LONGER.get(name, MOST_LINES)}
+    assert found == {}, "cut them by purpose"
+    short = [name for name in LONGER if lines.get(name, 0) <= MOST_LINES]
+    assert short == [], "no longer longer: take them off the list"
+
+
 def test_the_picture_is_of_this_table() -> None:
     """`python tools/draw_house.py` draws it."""
     drawing = runpy.run_path(str(ROOT / "tools" / "draw_house.py"))

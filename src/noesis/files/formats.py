@@ -104,12 +104,12 @@ def read_header(data: bytes, path: PathLike) -> Any:
 def dump_json(value: Any, indent: int | None = None) -> str:
     """Strict JSON: NaN and infinities become null, anything JSON does not know becomes its `str`."""
     try:
-        return json.dumps(value, indent=indent, default=_plain, allow_nan=False)
+        return json.dumps(value, indent=indent, default=_as_json, allow_nan=False)
     except (ValueError, TypeError):  # NaN, keys that are no strings, or a circle
         return json.dumps(_strict(value), indent=indent, allow_nan=False)
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     """What JSON does not know: numpy's numbers as numbers, the rest as text."""
     return value.item() if isinstance(value, np.generic) else str(value)
 
@@ -122,7 +122,7 @@ def _strict(value: Any, depth: int = 100) -> Any:
     if isinstance(value, (list, tuple)):
         return [_strict(inner, depth - 1) for inner in value]
     if value is not None and not isinstance(value, (str, bool, int, float)):
-        value = _plain(value)
+        value = _as_json(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -163,7 +163,7 @@ def save_json(path: PathLike, kind: str, payload: dict[str, Any]) -> Path:
 
 def json_bytes(path: PathLike, payload: dict[str, Any]) -> bytes:
     """A JSON object as it is, for a file of this name; v0.1 wrote NaN as NaN, and so does this."""
-    return _packed(path, json.dumps(payload, default=_plain))
+    return _packed(path, json.dumps(payload, default=_as_json))
 
 
 def _packed(path: PathLike, text: str) -> bytes:

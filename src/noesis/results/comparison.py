@@ -14,7 +14,7 @@ from .. import files
 from ..errors import BadType, BadValue
 from ..numerics import Floats, layer_tests
 from ..text import plain, table
-from .divergence import Divergence, first_divergence, pooled
+from .divergence import Divergence, first_divergence, pooled_std
 from .runs import Answering, Averaged, Recorded
 from .saved import Saved
 from .tabular import Column, Tabular
@@ -236,21 +236,52 @@ def compare(
     traces = [run for run in (left, right[0]) if isinstance(run, Recorded)] if len(right) == 1 else []
     divergence = first_divergence(traces[0], traces[1], tolerance) if len(traces) == 2 else None
     first, others = _soulprint(left), [_soulprint(run) for run in right]
-    second = others[0]
+    names = _common(first, others)
+    mean_a, std_a = _columns([first], names)[:, 0]
+    new = _columns(others, names)  # [means and stds, runs, layers]
+    mean_b, std_b = new.mean(1)
+    values = _changes(mean_a, std_a, mean_b, std_b)
+    effect, rank = values["effect"], -values["effect"]
+    if baseline is not None:
+        base = _baseline([_soulprint(_result(run)) for run in baseline], names)
+        judgement = layer_tests(base[0], base[1], new[0], new[1], tolerance)
+        values |= vars(judgement) | {"changed": judgement.q_value <= alpha}
+        rank = judgement.p_value
+    order = np.lexsort((-effect, rank))
+    second, known = others[0], set(names)
+    return Comparison(
+        rows=[Row(names[index], **{key: column[index].item() for key, column in values.items()}) for index in order],
+        cosine=_cosine(np.concatenate([mean_a, std_a]), np.concatenate([mean_b, std_b])),
+        distance=float(np.sqrt(np.mean(effect**2))),
+        only_in_a=[name for name in first.layers if name not in known],
+        only_in_b=[name for name in second.layers if name not in known],
+        first_divergence=divergence,
+        alpha=alpha,
+        baseline=0 if baseline is None else len(baseline),
+        meta={"a": first.meta, "b": second.meta},
+    )
+
+
+def _common(first: Averaged, others: list[Averaged]) -> list[str]:
+    """The layers that all runs have, in the order of the first."""
     common = set(first.layers).intersection(*(run.layers for run in others))
     names = [name for name in first.layers if name in common]
     if not names:
         raise BadValue(
-            f"The runs have no layer in common: {first.layers[:3]} and {second.layers[:3]}",
+            f"The runs have no layer in common: {first.layers[:3]} and {others[0].layers[:3]}",
             "runs of the same model with overlapping layers",
             "Wrap both with the same layers=",
         )
-    mean_a, std_a = _columns([first], names)[:, 0]
-    new = _columns(others, names)  # [means and stds, runs, layers]
-    mean_b, std_b = new.mean(1)
+    return names
+
+
+# ---------------------------------------------------------------- effects
+
+
+def _changes(mean_a: Floats, std_a: Floats, mean_b: Floats, std_b: Floats) -> dict[str, Any]:
+    """How layers differ, float64 [layers], by the names that `Row` has for it."""
     mean_effect, std_effect = _effects(mean_a, std_a, mean_b, std_b)
-    effect = np.hypot(mean_effect, std_effect)
-    values: dict[str, Any] = {
+    return {
         "mean_a": mean_a,
         "mean_b": mean_b,
         "std_a": std_a,
@@ -260,36 +291,14 @@ def compare(
         "salience": np.abs(mean_b - mean_a) + np.abs(std_b - std_a),
         "mean_effect": mean_effect,
         "std_effect": std_effect,
-        "effect": effect,
+        "effect": np.hypot(mean_effect, std_effect),
     }
-    rank = -effect
-    if baseline is not None:
-        base = _baseline([_soulprint(_result(run)) for run in baseline], names)
-        judgement = layer_tests(base[0], base[1], new[0], new[1], tolerance)
-        values |= vars(judgement) | {"changed": judgement.q_value <= alpha}
-        rank = judgement.p_value
-    order = np.lexsort((-effect, rank))
-    rows = [Row(names[index], **{key: column[index].item() for key, column in values.items()}) for index in order]
-    return Comparison(
-        rows=rows,
-        cosine=_cosine(np.concatenate([mean_a, std_a]), np.concatenate([mean_b, std_b])),
-        distance=float(np.sqrt(np.mean(effect**2))),
-        only_in_a=[name for name in first.layers if name not in common],
-        only_in_b=[name for name in second.layers if name not in common],
-        first_divergence=divergence,
-        alpha=alpha,
-        baseline=0 if baseline is None else len(baseline),
-        meta={"a": first.meta, "b": second.meta},
-    )
-
-
-# ---------------------------------------------------------------- effects
 
 
 def _effects(mean_a: Floats, std_a: Floats, mean_b: Floats, std_b: Floats) -> tuple[Floats, Floats]:
     """Difference of means in pooled standard deviations, and log ratio of standard deviations."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        spread = pooled(std_a, std_b)
+        spread = pooled_std(std_a, std_b)
         size = np.maximum(np.abs(mean_a), np.abs(mean_b))
         unit = np.where(spread > 0, spread, np.where(size > 0, size, 1.0))  # constant in both runs: relative
         shift = (mean_b - mean_a) / unit

@@ -44,7 +44,7 @@ def first_divergence(a: Recorded, b: Recorded, tolerance: float = 1e-5) -> Diver
             return Divergence(step, "", "steps", float(len(a)), float(len(b)))
         i, j = int(np.flatnonzero(a.steps == step)[0]), int(np.flatnonzero(b.steps == step)[0])
         left, right = a.values[i, at_a], b.values[j, at_b]
-        scale = pooled(left[:, a.stats.index("std")], right[:, b.stats.index("std")])
+        scale = pooled_std(left[:, a.stats.index("std")], right[:, b.stats.index("std")])
         for at in np.argsort(_running_order(a.order[i, at_a]), kind="stable"):
             calls = float(a.calls[i, at_a[at]]), float(b.calls[j, at_b[at]])
             if calls[0] != calls[1]:
@@ -71,6 +71,6 @@ def _running_order(order: Ints) -> Floats:
     return np.where(order > 0, order, np.inf)
 
 
-def pooled(std_a: Floats, std_b: Floats) -> Floats:
+def pooled_std(std_a: Floats, std_b: Floats) -> Floats:
     """The standard deviation that two of them have in common."""
     return np.sqrt((std_a**2 + std_b**2) / 2)

@@ -269,16 +269,16 @@ class Scorer:
 def code_layer(book: LayerCodebook, kept: Kept) -> LayerSurprise:
     """One layer's word on the vectors of a forward."""
     if kept.each is None:
-        return _whole(coded(book, kept.vectors))
-    return _each(coded(book, kept.each.flatten(0, 1)), kept.each.shape[:2], kept.counts)
+        return _of_samples(coded(book, kept.vectors))
+    return _of_positions(coded(book, kept.each.flatten(0, 1)), kept.each.shape[:2], kept.counts)
 
 
 def code_values(book: LayerCodebook, found: Collected) -> LayerSurprise:
     """The same for vectors on the host."""
     vectors = torch.from_numpy(found.values)
     if found.counts is None:
-        return _whole(coded(book, vectors))
-    return _each(coded(book, vectors.flatten(0, 1)), vectors.shape[:2], torch.from_numpy(found.counts))
+        return _of_samples(coded(book, vectors))
+    return _of_positions(coded(book, vectors.flatten(0, 1)), vectors.shape[:2], torch.from_numpy(found.counts))
 
 
 def coded(book: LayerCodebook, vectors: Tensor) -> Coded:
@@ -290,12 +290,12 @@ def coded(book: LayerCodebook, vectors: Tensor) -> Coded:
     return Coded(*(torch.cat([getattr(piece, name) for piece in pieces]) for name in fields))
 
 
-def _whole(found: Coded) -> LayerSurprise:
+def _of_samples(found: Coded) -> LayerSurprise:
     total, mixture, residual, norm = (host(part) for part in (found.total, found.mixture, found.residual, found.norm))
     return LayerSurprise(total, mixture, residual, norm, found.nearest.cpu().numpy())
 
 
-def _each(found: Coded, shape: torch.Size, counts: Tensor | None) -> LayerSurprise:
+def _of_positions(found: Coded, shape: torch.Size, counts: Tensor | None) -> LayerSurprise:
     """Means over the positions that count."""
     counted = np.ones(shape, bool) if counts is None else counts.cpu().numpy()
     total, mixture, residual, norm = (

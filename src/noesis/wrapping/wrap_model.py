@@ -100,18 +100,9 @@ def wrap(
         "logits": logits,
         "output": output,
     }
-    found = {id(site.recorder): site.recorder for site in map(site_of, root.modules()) if site is not None}
-    if found:
-        already = next(iter(found.values()))
-        at_roots = [site_of(module) for module in roots]
-        ours = all(site is not None and site.root and site.recorder is already for site in at_roots)
-        if len(found) > 1 or not ours or already.settings != settings:
-            raise WrongState(
-                f"{type(root).__name__} is wrapped already, with other settings (layers {few(already.names)})",
-                "a model that is not wrapped, or the same settings",
-                "Call unwrap() on the container first",
-            )
-        return Wrapped(called, root, already, pipeline)
+    before = _observed_already(root, roots, settings)
+    if before is not None:
+        return Wrapped(called, root, before, pipeline)
     names, device = settings["layers"], _device(root)
     given: dict[str, Any] = {"capacity": capacity, "samples": int(samples), "every": every, "stats": kept_stats}
     recorder = Recorder(names, device, **given, settings=settings)
@@ -147,6 +138,27 @@ def _check_stats(stats: Sequence[str]) -> tuple[str, ...]:
             f"{', '.join(ALWAYS)} are always there; add {' or '.join(OPTIONAL)} if you want them",
         )
     return ALWAYS + tuple(name for name in OPTIONAL if name in given)
+
+
+def _observed_already(root: nn.Module, roots: list[nn.Module], settings: dict[str, Any]) -> Recorder | None:
+    """The recorder of a model that is wrapped with these very settings; None for one that is not wrapped.
+
+    Raises:
+        NoesisError: when it is wrapped with others.
+    """
+    found = {id(site.recorder): site.recorder for site in map(site_of, root.modules()) if site is not None}
+    if not found:
+        return None
+    recorder: Recorder = next(iter(found.values()))
+    at_roots = [site_of(module) for module in roots]
+    ours = all(site is not None and site.root and site.recorder is recorder for site in at_roots)
+    if len(found) > 1 or not ours or recorder.settings != settings:
+        raise WrongState(
+            f"{type(root).__name__} is wrapped already, with other settings (layers {few(recorder.names)})",
+            "a model that is not wrapped, or the same settings",
+            "Call unwrap() on the container first",
+        )
+    return recorder
 
 
 def resolve(model: Any) -> tuple[Any, nn.Module, list[nn.Module], Any]:
