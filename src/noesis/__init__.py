@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from sys import modules as _modules
 from typing import TYPE_CHECKING, Any
 
 from loguru import logger as _logger
@@ -91,4 +92,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """What a user has: the public names, imported yet or not, and packages that are loaded."""
+    loaded = (name for name in globals() if name[:1] != "_" and f"{__name__}.{name}" in _modules)
+    return sorted({*__all__, *loaded, *(name for name in globals() if name[:2] == "__")})

@@ -153,7 +153,8 @@ def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
         ("routes --model m --prompt p --out f.json --plot f.png --json", "routes"),
         ("trace-moe --model m --prompt p", "routes"),
         ("layers --model m --layers linear --json", "layers"),
-        ("demo --out d", "demo"),
+        ("demo --out d --force", "demo"),
+        ("show t --run r --plot f.png --force --json", "show"),
     ],
 )
 def test_commands_and_their_options(line: str, command: str) -> None:
@@ -233,7 +234,7 @@ def test_more_tokens_than_the_ring_of_wrap_holds(run: Run, llama: Path, tmp_path
 def test_drawn_tokens_follow_the_seed(run: Run, llama: Path, tmp_path: Path) -> None:
     def text(seed: int) -> str:
         options = ["--max-new-tokens", 12, "--temperature", 1.5, "--seed", seed]
-        run("trace", "--model", llama, "--prompt", ONCE, "--out", tmp_path, *options)
+        run("trace", "--model", llama, "--prompt", ONCE, "--out", tmp_path, "--force", *options)
         generated: str = noesis.Trace.load(tmp_path).meta["generated"]
         return generated
 
@@ -289,7 +290,7 @@ def test_the_files_of_v01(run: Run, llama: Path, tmp_path: Path, options: list[s
 @pytest.mark.data
 def test_two_runs_in_one_folder_are_told_apart(run: Run, llama: Path, tmp_path: Path) -> None:
     for prompt in ("Tom had a ball", "The sun was hot"):
-        options = ["--max-new-tokens", 2, "--format", "json", "--out", tmp_path]
+        options = ["--max-new-tokens", 2, "--format", "json", "--force", "--out", tmp_path]  # soulprint.json is one
         assert run("trace", "--model", llama, "--prompt", prompt, *options).code == 0
     done = run("summarize", tmp_path)
     assert done.code == 2
@@ -513,6 +514,122 @@ def test_the_runs_of_a_folder(tmp_path: Path) -> None:
     ]
 
 
+# ---------------------------------------------------------------- show
+
+
+def a_run() -> noesis.Trace:
+    wrapped = noesis.wrap(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()))
+    with wrapped.run(prompt="moth\n" * 60, nested={"seeds": [1, 2], "scale": float("nan")}):
+        wrapped(torch.ones(3, 2))
+    return wrapped.trace()
+
+
+@pytest.mark.parametrize("name", ["trace.safetensors", "trace.json.gz", "soulprint.json"])
+def test_show_prints_what_print_prints_and_the_meta(run: Run, tmp_path: Path, name: str) -> None:
+    saved = a_run() if name.startswith("trace") else a_run().soulprint()
+    path = saved.save(tmp_path / name)
+    for given in (path, tmp_path):
+        done = run("show", given)
+        assert done.code == 0
+        shown, _, meta = done.out.partition("\n\nmeta:\n")
+        assert shown == repr(saved)
+        lines = dict(line.strip().split(": ", 1) for line in meta.splitlines())
+        assert lines["run"] == saved.meta["run"]
+        assert lines["prompt"] == "moth\\n" * 60
+        assert lines["nested"] == '{"seeds": [1, 2], "scale": null}'
+        assert list(lines) == list(saved.meta)
+    assert json.loads(run("show", path, "--json").out) == json.loads(saved.to_json())
+
+
+def test_show_draws(run: Run, tmp_path: Path) -> None:
+    for saved, name in ((a_run(), "a.json"), (a_run().soulprint(), "b.json")):
+        done = run("show", saved.save(tmp_path / name), "--plot", tmp_path / f"{name}.png")
+        assert (done.code, done.err) == (0, f"noesis: wrote {tmp_path / name}.png\n")
+        assert kind_of_image(tmp_path / f"{name}.png") == "PNG"
+    assert run("show", noesis.Soulprint([0.0], [1.0], ["a"]).save(tmp_path / "c.json")).out.endswith("\n\nmeta: none\n")
+
+
+@pytest.mark.data
+def test_show_one_of_several_runs(run: Run, v01: Path, tmp_path: Path) -> None:
+    for name in ("run_a", "run_b"):
+        for path in (v01 / name).glob("unet_trace_*"):
+            shutil.copy(path, tmp_path)
+    assert "holds 2 runs" in run("show", tmp_path).err
+    assert "\n  run: 1795207854\n" in run("show", tmp_path, "--run", "1795207854").out
+
+
+# ---------------------------------------------------------------- files that are there
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_files_that_are_there_are_replaced_by_force_alone(run: Run, tmp_path: Path) -> None:
+    """Of commands that read saved runs; those that run models are below."""
+    a = a_run().save(tmp_path / "in" / "trace.json")
+    out = tmp_path / "out"
+    lines = {
+        "s.json": ["summarize", a, "--out"],
+        "shown.png": ["show", a, "--plot"],
+        "c.csv": ["compare", a, a, "--csv"],
+        "c.json": ["compare", a, a, "--json"],
+        "c.png": ["compare", a, a, "--plot"],
+    }
+    for name, line in lines.items():
+        path = write(out / name, "mine")
+        done = run(*line, path)
+        assert (done.code, done.out, path.read_text()) == (2, "", "mine"), line
+        assert f"{path} is there already. Expected a name that is free. Change {line[-1]}, or" in done.err
+        done = run(*line, path, "--force")
+        assert done.code == 0, done.err
+        assert path.read_bytes() != b"mine"
+        assert f"noesis: wrote {path}" in done.err
+    assert set(contents(out)) == set(lines)
+
+
+def test_two_outputs_into_one_file(run: Run, tmp_path: Path) -> None:
+    a = a_run().save(tmp_path / "trace.json")
+    done = run("compare", a, a, "--csv", tmp_path / "c.json", "--json", tmp_path / "c.json", "--force")
+    assert (done.code, (tmp_path / "c.json").exists()) == (2, False)
+    assert f"--csv and --json both name {tmp_path / 'c.json'}" in done.err
+
+
+@pytest.mark.data
+def test_runs_of_models_are_not_overwritten(run: Run, llama: Path, mixtral: Path, tmp_path: Path) -> None:
+    text = ["--prompt", ONCE, "--max-new-tokens", 1]
+    trace = ["trace", "--model", llama, *text, "--out", tmp_path]
+    lines: list[tuple[list[Any], str]] = [
+        (trace, "trace.safetensors"),
+        (trace, "soulprint.safetensors"),
+        ([*trace, "--per-sample"], "soulprint_sample7.safetensors"),
+        ([*trace, "--format", "json"], "soulprint.json"),
+        (["routes", "--model", mixtral, *text, "--out", tmp_path / "routes.json"], "routes.json"),
+        (["routes", "--model", mixtral, *text, "--plot", tmp_path / "routes.png"], "routes.png"),
+        (["tokens", "--model", llama, "--a", "x", "--b", "y", "--plot", tmp_path / "t.png"], "t.png"),
+    ]
+    for line, name in lines:
+        write(tmp_path / name, "mine")
+        done = run(*line)
+        assert (done.code, contents(tmp_path)) == (2, {name: b"mine"}), line
+        assert f"{tmp_path / name} is there already" in done.err
+        if name != "soulprint_sample7.safetensors":  # of which this run has none
+            assert run(*line, "--force").code == 0
+            assert (tmp_path / name).read_bytes() != b"mine"
+        for path in tmp_path.iterdir():
+            path.unlink()
+
+
+def test_images_are_not_overwritten(run: Run, sdxl: Path, tmp_path: Path) -> None:
+    line = ["trace", "--model", sdxl, *SMALL, "--out", tmp_path, "--image"]
+    write(tmp_path / "image.png", "mine")
+    done = run(*line)
+    assert (done.code, contents(tmp_path)) == (2, {"image.png": b"mine"})
+    assert f"{tmp_path / 'image.png'} is there already" in done.err
+    assert run(*line, "--force").code == 0
+    assert kind_of_image(tmp_path / "image.png") == "PNG"
+
+
 # ---------------------------------------------------------------- summarize
 
 
@@ -575,7 +692,8 @@ def test_routes(run: Run, mixtral: Path, tmp_path: Path) -> None:
 def test_a_model_without_experts_has_no_routes(run: Run, llama: Path) -> None:
     done = run("routes", "--model", llama, "--prompt", "x")
     assert done.code == 2
-    assert "layers='routers' selects nothing in LlamaForCausalLM" in done.err
+    assert f"{llama} has no routers: no layer of LlamaForCausalLM is one" in done.err
+    assert "layers=" not in done.err
 
 
 @pytest.mark.data

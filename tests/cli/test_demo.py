@@ -19,7 +19,7 @@ from matplotlib.image import imread
 from helpers.processes import one_thread, python
 from noesis import Observed, Soulprint, Trace, compare
 from noesis.cli import demo
-from noesis.errors import BadValue, MissingExtra
+from noesis.errors import BadValue, Inaccessible, MissingExtra
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -232,3 +232,13 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
     with pytest.raises(BadValue, match=r"out is a file\. Expected a folder to write to\. Choose another name"):
         demo.run(path)
     assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["what_changed.png", "training.safetensors", "baseline/7.safetensors"])
+def test_an_earlier_run_is_not_overwritten(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(Inaccessible, match=rf"{name} is there already\. .* Change --out, or replace it with --force"):
+        demo.run(tmp_path)
+    assert [each for each in tmp_path.rglob("*") if each.is_file()] == [path]

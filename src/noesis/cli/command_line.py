@@ -57,7 +57,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.command == "demo":
         from .demo import run
 
-        run(Path(args.out))  # tells its story itself
+        run(Path(args.out), force=args.force)  # tells its story itself
         return 0
     # A library that prints would spoil what is piped on: stdout is for the answer alone.
     with contextlib.redirect_stdout(sys.stderr):
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"noesis {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_demo, _trace, _summarize, _compare, _tokens, _routes, _layers):
+    for add in (_demo, _trace, _show, _summarize, _compare, _tokens, _routes, _layers):
         add(commands)
     return parser
 
@@ -110,6 +110,7 @@ def _command(commands: Any, name: str, about: str, *aliases: str) -> argparse.Ar
 def _demo(commands: Any) -> None:
     parser = _command(commands, "demo", "Train a small network, break one layer, and find it again.")
     parser.add_argument("--out", default="noesis-demo", metavar="DIR", help="where to write (default: %(default)s)")
+    _add_force(parser)
 
 
 def _trace(commands: Any) -> None:
@@ -126,6 +127,7 @@ def _trace(commands: Any) -> None:
     )
     parser.add_argument("--single-file", action="store_true", help="json: all steps in one file")
     parser.add_argument("--no-gzip", action="store_true", help="json: do not compress")
+    _add_force(parser)
     _add_json(parser)
     diffusion = parser.add_argument_group("diffusers pipelines (what is left out is the pipeline's default)")
     diffusion.add_argument("--negative-prompt", metavar="TEXT")
@@ -139,12 +141,22 @@ def _trace(commands: Any) -> None:
     _add_generation(parser.add_argument_group("language models"))
 
 
+def _show(commands: Any) -> None:
+    parser = _command(commands, "show", "What a saved trace or soulprint holds, and what is known of its run.")
+    parser.add_argument("run_path", metavar="RUN", help="a trace, a soulprint, or a folder of one")
+    parser.add_argument("--run", metavar="ID", help="which run, where a folder holds several")
+    parser.add_argument("--plot", metavar="FILE", help="draw it")
+    _add_force(parser)
+    _add_json(parser)
+
+
 def _summarize(commands: Any) -> None:
     parser = _command(commands, "summarize", "The soulprint of a trace.", "unet-summarize")
     parser.add_argument("trace", metavar="TRACE", help="a trace, or a folder of one")
     parser.add_argument("--out", metavar="FILE", help="write it to .safetensors, .json or .json.gz")
     parser.add_argument("--run", metavar="ID", help="which run, where a folder holds several")
     parser.add_argument("--step", type=_from_zero, metavar="N", help="the soulprint of this step alone")
+    _add_force(parser)
     _add_json(parser)
 
 
@@ -177,6 +189,7 @@ def _compare(commands: Any) -> None:
         help="write everything to FILE, or print it (put it last, or give it as --json=-)",
     )
     parser.add_argument("--plot", metavar="FILE", help="draw the most changed layers")
+    _add_force(parser)
     parser.add_argument(
         "--fail-over", type=_distance, metavar="DISTANCE", help="exit with 1 when the distance is larger; for CI"
     )
@@ -190,6 +203,7 @@ def _tokens(commands: Any) -> None:
     _add_layers(parser)
     parser.add_argument("--threshold", type=float, metavar="DELTA", help="from where on a token is divergent")
     parser.add_argument("--plot", metavar="FILE", help="draw the heat map")
+    _add_force(parser)
     _add_json(parser)
 
 
@@ -201,6 +215,7 @@ def _routes(commands: Any) -> None:
     _add_generation(parser)
     parser.add_argument("--out", metavar="FILE", help="write everything to a file")
     parser.add_argument("--plot", metavar="FILE", help="draw the load of the experts")
+    _add_force(parser)
     _add_json(parser)
 
 
@@ -234,6 +249,10 @@ def _add_layers(parser: Any) -> None:
         metavar="SELECTOR",
         help="blocks (default), all, linear, attention, a name, a glob, 're:...'; several are joined",
     )
+
+
+def _add_force(parser: Any) -> None:
+    parser.add_argument("--force", action="store_true", help="replace files that are there; else that is an error")
 
 
 def _add_json(parser: Any) -> None:

@@ -16,9 +16,10 @@ from .. import files
 from ..errors import BadValue, WrongState, require
 from ..layers import select
 from ..results import Trace, compare, load_run, load_runs, token_deltas
-from ..text import table
+from ..text import escaped, plain, table
 from ..wrapping import capture, wrap
 from . import models
+from .outputs import check_outputs
 
 #: Exit code of a comparison past the bound of --fail-over.
 FAILED = 1
@@ -48,13 +49,15 @@ Note = Callable[[str], None]
 def _trace(args: Namespace, note: Note) -> Answer:
     out = Path(args.out)
     _check_format(args, out)
+    picture = str(out / "image.png") if args.image == "" else args.image
+    check_outputs([*(("--out", path) for path in _written(args, out)), ("--image", picture)], args.force)
     args.device = models.device_of(args.device)  # first of all, since it costs nothing
     pipeline = models.kind_of(args.model) == "pipeline"
     if not pipeline:
         trace, ending = _trace_language_model(args)
         _write(trace, out, args, note)
         return Answer(lambda: f"{trace!r}\n{ending}", trace.to_json)
-    image = None if args.image is None else _image_file(args.image or str(out / "image.png"))
+    image = None if picture is None else _image_file(picture)
     trace, output = _trace_pipeline(args)
     _write(trace, out, args, note)
     if image is not None:
@@ -118,6 +121,7 @@ def _trace_language_model(args: Namespace) -> tuple[Trace, str]:
 def _tokens(args: Namespace, note: Note) -> Answer:
     from .prompts import forward
 
+    check_outputs([("--plot", args.plot)], args.force)
     model, tokenizer = _language_model(args)
     with capture(model, _selector(args)) as acts_a:
         tokens_a = forward(model, tokenizer, args.a)
@@ -131,7 +135,9 @@ def _tokens(args: Namespace, note: Note) -> Answer:
 def _routes(args: Namespace, note: Note) -> Answer:
     from .prompts import generate
 
+    check_outputs([("--out", args.out), ("--plot", args.plot)], args.force)
     model, tokenizer = _language_model(args)
+    _check_routers(model, args.model)
     options = _generation(args)
     wrapped = wrap(model, layers="routers", capacity=max(256, 1 + options["max_new_tokens"]))
     with wrapped.run(prompt=args.prompt, **options):
@@ -164,7 +170,16 @@ def _layers(args: Namespace, _: Note) -> Answer:
 # ---------------------------------------------------------------- saved runs
 
 
+def _show(args: Namespace, note: Note) -> Answer:
+    check_outputs([("--plot", args.plot)], args.force)
+    run = load_run(args.run_path, args.run)
+    _draw(run, args.plot, note)
+    meta = "".join(f"\n  {plain(name)}: {escaped(_in_a_line(value))}" for name, value in run.meta.items())
+    return Answer(lambda: f"{run!r}\n\nmeta:{meta or ' none'}", run.to_json)
+
+
 def _summarize(args: Namespace, note: Note) -> Answer:
+    check_outputs([("--out", args.out)], args.force)
     soulprint = Trace.load(args.trace, args.run).soulprint(args.step)
     if args.out is not None:
         note(f"wrote {soulprint.save(args.out)}")
@@ -172,15 +187,17 @@ def _summarize(args: Namespace, note: Note) -> Answer:
 
 
 def _compare(args: Namespace, note: Note) -> Answer:
+    whole = args.json if isinstance(args.json, Path) else None
+    check_outputs([("--csv", args.csv), ("--json", whole), ("--plot", args.plot)], args.force)
     a, b = load_run(args.a, args.run_a), [load_run(path, args.run_b) for path in args.b]
     baseline = None if args.baseline is None else load_runs(args.baseline)
     if baseline is not None:
         note(f"the baseline has {len(baseline)} runs")
     result = compare(a, b, baseline=baseline, tolerance=args.tolerance, alpha=args.alpha)
     if args.csv is not None:
-        note(f"wrote {files.write_bytes(args.csv, result.to_csv().encode())}")
-    if isinstance(args.json, Path):
-        note(f"wrote {result.save(args.json)}")
+        note(f"wrote {result.to_csv(args.csv)}")
+    if whole is not None:
+        note(f"wrote {result.save(whole)}")
     if args.plot is not None:
         result.plot(args.top, args.plot)
         note(f"wrote {args.plot}")
@@ -201,6 +218,21 @@ def _language_model(args: Namespace) -> tuple[Any, Any]:
     if models.kind_of(args.model) != "language model":
         raise BadValue(f"{args.model} is a diffusion pipeline", "a language model", "noesis trace runs pipelines")
     return models.load_language_model(args.model, args.device, args.dtype)
+
+
+def _check_routers(model: torch.nn.Module, name: str) -> None:
+    try:
+        select(model, "routers")
+    except BadValue:
+        raise BadValue(
+            f"{name} has no routers: no layer of {type(model).__name__} is one that noesis knows",
+            "a Mixture-of-Experts model",
+            "noesis trace looks into models of any kind",
+        ) from None
+
+
+def _in_a_line(value: Any) -> str:
+    return value if isinstance(value, str) else files.dump_json(value)
 
 
 def _selector(args: Namespace) -> str | list[str]:
@@ -243,6 +275,14 @@ def _check_format(args: Namespace, out: Path) -> None:
         raise BadValue(f"{flag} with --format safetensors", "--format json", f"Add --format json, or leave out {flag}")
 
 
+def _written(args: Namespace, out: Path) -> list[Path]:
+    """What `_write` will write, as far as it could be in the place of what is there."""
+    # Traces of v0.1 have the new run's id in their names.
+    names = ["soulprint.json"] if args.format == "json" else ["trace.safetensors", "soulprint.safetensors"]
+    samples = out.glob(f"soulprint_sample*.{args.format}") if args.per_sample and out.is_dir() else ()
+    return [*(out / name for name in names), *sorted(samples)]
+
+
 def _write(trace: Trace, out: Path, args: Namespace, note: Note) -> None:
     """The trace, its soulprint, and with `--per-sample` the soulprint of each sample."""
     prints = {"soulprint": trace.soulprint()}
@@ -279,6 +319,7 @@ def _save_image(output: Any, path: Path, form: str) -> Path:
 
 COMMANDS: dict[str, Callable[[Namespace, Note], Answer]] = {
     "trace": _trace,
+    "show": _show,
     "summarize": _summarize,
     "compare": _compare,
     "tokens": _tokens,

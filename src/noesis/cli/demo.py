@@ -28,6 +28,7 @@ from ..errors import BadValue, require
 from ..results import Comparison, Soulprint, Trace, compare
 from ..text import table
 from ..wrapping import wrap
+from .outputs import check_outputs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,6 +38,15 @@ BLOCKS, WIDTH = 4, 16
 EPOCHS, BATCH = 6, 32
 #: Held-out digits come in groups of 80: eight for the baseline, one to compare on, one that is new.
 GROUPS, GROUP, STEP = 10, 80, 8
+#: The files that are written, and what they hold.
+PICTURE = "what_changed.png"
+RESULTS = {
+    "training.safetensors": "trace of the training",
+    "healthy.safetensors": "trace of the healthy network",
+    "broken.safetensors": "trace of the damaged copy, same digits",
+    "suspect.safetensors": "soulprint of the damaged copy, other digits",
+}
+BASELINE = [f"baseline/{number}.safetensors" for number in range(GROUPS - 2)]
 #: The part of the damaged layer's weights that is set to zero.
 LOST = 0.25
 
@@ -104,25 +114,27 @@ class Findings:
     suspect: Soulprint
 
 
-def run(out: Path, seed: int = 0, quick: bool = False) -> Findings:
+def run(out: Path, seed: int = 0, quick: bool = False, force: bool = False) -> Findings:
     """Train, damage, compare; print the story and write its files into a folder.
 
     Args:
         out: the folder.
         seed: of the network, the order of the digits, and the damage.
         quick: train for fewer epochs.
+        force: replace files of an earlier run.
 
     Returns:
         What was found.
 
     Raises:
-        NoesisError: when scikit-learn or matplotlib is missing, or `out` is not a folder.
+        NoesisError: when scikit-learn or matplotlib is missing, `out` is not a folder, or files are there already.
     """
     require("matplotlib", extra="demo", purpose="noesis demo")
     training, held_out = load_digits(seed)
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise BadValue(f"{out} is a file", "a folder to write to", "Choose another name")
+    check_outputs([("--out", out / name) for name in (PICTURE, *RESULTS, *BASELINE)], force)
     with _one_thread():
         return _tell(training, held_out, out, seed, epochs=EPOCHS // 2 if quick else EPOCHS)
 
@@ -311,16 +323,15 @@ def _verdict(findings: Findings) -> str:
 
 def write(findings: Findings, training: Trace, out: Path) -> list[tuple[Path, str]]:
     """Write traces, soulprints and the picture; returns each path with what it holds."""
-    for number, each in enumerate(findings.baseline):
-        each.save(out / "baseline" / f"{number}.safetensors")
-    picture = out / "what_changed.png"
-    draw(findings, picture)
+    draw(findings, out / PICTURE)
+    results = (training, findings.healthy, findings.broken, findings.suspect)
+    for result, name in zip(results, RESULTS, strict=True):
+        result.save(out / name)
+    for each, name in zip(findings.baseline, BASELINE, strict=True):
+        each.save(out / name)
     return [
-        (picture, "what changed, in a picture"),
-        (training.save(out / "training.safetensors"), "trace of the training"),
-        (findings.healthy.save(out / "healthy.safetensors"), "trace of the healthy network"),
-        (findings.broken.save(out / "broken.safetensors"), "trace of the damaged copy, same digits"),
-        (findings.suspect.save(out / "suspect.safetensors"), "soulprint of the damaged copy, other digits"),
+        (out / PICTURE, "what changed, in a picture"),
+        *((out / name, what) for name, what in RESULTS.items()),
         (out / "baseline", f"{len(findings.baseline)} soulprints of the healthy network"),
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -121,14 +122,17 @@ def moved_to(batch: Any, device: torch.device) -> Any:
 
 
 def bar(loader: Iterable[Any], progress: bool) -> Iterable[Any]:
-    """The batches, with tqdm's progress bar where it is installed and somebody looks."""
+    """The batches, with tqdm's progress bar where it is installed and somebody looks: at a terminal or a notebook."""
     if not progress:
         return loader
     try:
-        from tqdm.auto import tqdm
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a notebook lacks ipywidgets: the bar is one of text then
+            from tqdm.auto import tqdm
     except ImportError:
         return loader
-    shown: Iterable[Any] = tqdm(loader, desc="calibrating", disable=None, leave=False)
+    hidden = False if "ipykernel.zmqshell" in sys.modules else None  # a notebook's stderr is no terminal
+    shown: Iterable[Any] = tqdm(loader, desc="calibrating", disable=hidden, leave=False)
     return shown
 
 

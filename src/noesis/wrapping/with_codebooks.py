@@ -63,7 +63,7 @@ class WithCodebooks:
                 of arguments.
             labels: fit a code per class to the labels of the batches, rather than codes without labels. Not for codes
                 that were learned.
-            progress: show tqdm's bar where it is installed and stderr is a terminal.
+            progress: show tqdm's bar where it is installed and stderr is a terminal, or in a notebook.
             by_class: give each predicted class p-values of its own (Mondrian conformal prediction, Vovk et al.
                 2003), where it has 20 samples among those for p-values. Needs `logits`.
             forward: called as `forward(model, batch)` for batches of any other kind.
