@@ -40,7 +40,7 @@ def on_cuda(bench: Bench, layers: str, peers: list[str]) -> dict[str, Any]:
     run()  # libraries make their workspaces
     bare = peak(run)
     wrapped = noesis.wrap(bench.module, layers=bench.layers[layers])
-    kept, names = recorder_bytes(bench.module), wrapped.layers
+    kept, names = recorder_bytes(bench.module), wrapped.observed_layers
     added = {"noesis": peak(run) - bare}
     wrapped.unwrap()
     del wrapped
@@ -69,7 +69,7 @@ def peak(run: models.Step) -> int:
 def on_cpu(options: argparse.Namespace, bench: Bench, layers: str) -> dict[str, Any]:
     """Peaks of processes of their own, the median of three each."""
     wrapped = noesis.wrap(models.shared_copy(bench.module), layers=bench.layers[layers])
-    kept, observed = recorder_bytes(wrapped.model), len(wrapped.layers)
+    kept, observed = recorder_bytes(wrapped.observed_model), len(wrapped.observed_layers)
     peaks = {
         variant: statistics.median(resident(options, bench.name, layers, variant) for _ in range(3))
         for variant in ("bare", "noesis")

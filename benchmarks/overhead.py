@@ -119,7 +119,7 @@ def measure(
     torch._dynamo.reset()
     observed = models.shared_copy(bench.module)
     wrapped = noesis.wrap(observed, layers=bench.layers[layers])
-    names = wrapped.layers
+    names = wrapped.observed_layers
     equal = bitwise_equal(bench, observed)
     variants = {"bare": Variant(*prepared(bench, mode, models.shared_copy(bench.module), 0))}
     variants["noesis"] = Variant(*prepared(bench, mode, observed, len(names)))

@@ -196,7 +196,7 @@ def test_a_graph_of_a_part_captured_while_paused_records_later():
     wrapped = noesis.wrap(model().cuda().eval(), layers="all")
     x = torch.randn(4, 3, 16, 16, device="cuda")
     with wrapped.paused():
-        graph = captured(wrapped.model[0], x)
+        graph = captured(wrapped.observed_model[0], x)
         graph.replay()
     graph.replay()
     assert wrapped.trace().calls.tolist() == [[1, 0, 0, 0, 0]]
@@ -252,7 +252,7 @@ def test_compiled(mode):
 
 def test_moved_after_wrapping_and_compiled():
     wrapped = noesis.wrap(model(), layers="all")
-    net = wrapped.model.cuda().eval()
+    net = wrapped.observed_model.cuda().eval()
     torch._dynamo.reset()
     with torch.no_grad():
         torch.compile(net, fullgraph=True)(torch.randn(4, 3, 16, 16, device="cuda"))
@@ -309,7 +309,7 @@ def test_more_elements_than_an_int_holds():
     x = torch.zeros(size, device="cuda", dtype=torch.float16)
     x[-1], x[2**31 - 1], x[0] = -3.0, 5.0, float("nan")
     wrapped = noesis.wrap(nn.Sequential(nn.Identity()), layers="0", stats=["zeros"])
-    wrapped.model.cuda()(x)
+    wrapped.observed_model.cuda()(x)
     row = wrapped.trace().values[0, 0]
     assert row[[0, 4, 5, 6, 7]].tolist() == [size - 1, -3.0, 5.0, 1, size - 3]
 

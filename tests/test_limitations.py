@@ -61,7 +61,7 @@ def test_the_fast_path_of_transformer_encoders_calls_nothing_inside() -> None:
     wrapped = noesis.wrap(encoder(), layers="all")
     with torch.no_grad():
         wrapped(torch.randn(2, 3, 8))
-    ran = [name for name in wrapped.layers if name not in wrapped.trace().never_ran]
+    ran = [name for name in wrapped.observed_layers if name not in wrapped.trace().never_ran]
     assert ran == ["layers.0", "layers.1"]
     wrapped.reset()
     wrapped(torch.randn(2, 3, 8))  # where gradients are recorded there is no fast path
@@ -174,7 +174,7 @@ def test_calls_of_one_step_are_one_row() -> None:
     act = nn.ReLU()
     wrapped = noesis.wrap(nn.Sequential(act, nn.Linear(4, 4), act), layers="all")
     wrapped(torch.ones(1, 4))
-    assert wrapped.layers == ["0", "1"]  # a module with two names goes by the first
+    assert wrapped.observed_layers == ["0", "1"]  # a module with two names goes by the first
     trace = wrapped.trace()
     assert trace.calls.tolist() == [[2, 1]]
     assert trace.order.tolist() == [[1, 2]]  # where it ran first
@@ -303,7 +303,7 @@ def test_adapters_added_after_wrapping_are_left_out() -> None:
     wrapped.unwrap()
     again = noesis.wrap(model, layers="linear")  # wrapped after the adapter: one layer, with it
     again(x)
-    assert again.layers == ["0"]
+    assert again.observed_layers == ["0"]
     assert again.trace()["mean"].item() == pytest.approx(whole.mean().item())
 
 
@@ -400,7 +400,7 @@ def test_compiled_layers_that_cannot_be_measured_are_reported_as_never_run() -> 
             return x.long()
 
     wrapped = noesis.wrap(nn.Sequential(nn.Linear(4, 4), Counts()), layers="all")
-    torch.compile(wrapped.model, backend="aot_eager")(torch.ones(1, 4))
+    torch.compile(wrapped.observed_model, backend="aot_eager")(torch.ones(1, 4))
     trace = wrapped.trace()
     assert (trace.never_ran, trace.unmeasured) == (["1"], {})
 
@@ -433,7 +433,7 @@ def test_every_is_the_containers() -> None:
     model.every = 7
     wrapped = noesis.wrap(model, layers="all")
     wrapped.every = 2
-    assert (wrapped.every, wrapped.model.every) == (2, 7)
+    assert (wrapped.every, wrapped.observed_model.every) == (2, 7)
 
 
 def gradients(model: nn.Module, emulate: bool) -> list[Tensor]:

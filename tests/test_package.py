@@ -43,6 +43,8 @@ PUBLIC = [
     "capture",
     "compare",
     "token_deltas",
+    "unwrap",
+    "unwrapped",
     "wrap",
 ]
 CORE = {"torch", "numpy", "safetensors", "loguru"}

@@ -76,7 +76,7 @@ def extract(case: Case, inputs: Tensor, names: list[str]) -> Vectors:
 def selected(case: Case, layers: str) -> list[str]:
     """The names of the layers that noesis codes with this selection."""
     wrapped = noesis.wrap(case.model, layers=layers)
-    names = [name for name in wrapped.layers if name != case.logits]
+    names = [name for name in wrapped.observed_layers if name != case.logits]
     wrapped.unwrap()
     return names
 

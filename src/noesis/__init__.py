@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         token_deltas,
     )
     from .surprise import Calibration, Codebook, DriftMonitor
-    from .wrapping import Alarm, Alarms, RunState, Wrapped, capture, wrap
+    from .wrapping import Alarm, Alarms, RunState, Wrapped, capture, unwrap, unwrapped, wrap
 
 _logger.disable("noesis")  # a library is quiet; `logger.enable("noesis")` lets it speak
 
@@ -53,6 +53,8 @@ __all__ = [
     "capture",
     "compare",
     "token_deltas",
+    "unwrap",
+    "unwrapped",
     "wrap",
 ]
 
@@ -79,6 +81,8 @@ _HOMES = {
     "capture": "wrapping",
     "compare": "results",
     "token_deltas": "results",
+    "unwrap": "wrapping",
+    "unwrapped": "wrapping",
     "wrap": "wrapping",
 }
 

@@ -70,6 +70,10 @@ class WrongState(NoesisError, RuntimeError):
     """The call is fine, but not now."""
 
 
+class NotThere(WrongState, AttributeError):
+    """An attribute is not there in this state, which `hasattr` and `getattr(..., default)` have to see."""
+
+
 class TimedOut(NoesisError, TimeoutError):
     """Others were waited for, and did not come."""
 

@@ -100,7 +100,7 @@ def test_models_run_are_observed_and_stay_the_same(script, name, size, blocks):
     for layers, count in blocks.items():
         copy = models.shared_copy(bench.module)
         wrapped = noesis.wrap(copy, layers=bench.layers[layers])
-        assert len(wrapped.layers) == count
+        assert len(wrapped.observed_layers) == count
         assert all(map(torch.equal, want, bench.outputs(copy)))
         bench.step(copy)()
         trace = wrapped.trace()
@@ -118,7 +118,7 @@ def test_sdxl_has_the_size_and_the_layers_that_are_claimed(script):
     assert not list(unet.buffers())  # nothing that materialising would leave uninitialised
     for layers, count in {"blocks70": 70, "sites297": 297}.items():
         wrapped = noesis.wrap(unet, layers=models.SDXL_LAYERS[layers])
-        assert len(wrapped.layers) == count
+        assert len(wrapped.observed_layers) == count
         wrapped.unwrap()
 
 
@@ -389,9 +389,9 @@ def test_the_recorders_memory_is_counted_whole(script):
     memory = script("memory")
     wrapped = noesis.wrap(small(), capacity=100)
     larger = noesis.wrap(small(), capacity=1100)
-    grown = memory.recorder_bytes(larger.model) - memory.recorder_bytes(wrapped.model)
-    assert grown >= 1000 * len(wrapped.layers) * 7 * 4  # at least a float per statistic, layer and step
-    assert memory.recorder_bytes(wrapped.model) < 1 << 20
+    grown = memory.recorder_bytes(larger.observed_model) - memory.recorder_bytes(wrapped.observed_model)
+    assert grown >= 1000 * len(wrapped.observed_layers) * 7 * 4  # at least a float per statistic, layer and step
+    assert memory.recorder_bytes(wrapped.observed_model) < 1 << 20
 
 
 def test_layers_that_are_off(script, tmp_path):

@@ -399,7 +399,7 @@ def test_the_blind_sets_are_what_they_say(detection, data, tmp_path, number):
     assert all(torch.equal(case.out[name], again.out[name]) for name in case.out)
     assert [len(case.fit), len(case.test), len(case.fit_labels), len(case.test_labels)] == [5000, 2000, 5000, 2000]
     wrapped = noesis.wrap(case.model, layers="blocks")
-    assert set(case.blocks) <= set(wrapped.layers)
+    assert set(case.blocks) <= set(wrapped.observed_layers)
     wrapped.unwrap()
     found = detection.baselines.evaluate(
         dataclasses.replace(case, fit=case.fit[:300], fit_labels=case.fit_labels[:300], test=case.test[:20], out={}),

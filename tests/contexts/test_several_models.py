@@ -34,7 +34,7 @@ def test_averages_of_a_model(average: Any) -> None:
 
     bare, expected = run(net())
     wrapped = noesis.wrap(net(), layers="leaves")
-    averaged, found = run(wrapped.model)
+    averaged, found = run(wrapped.observed_model)
     assert equal(found, expected)
     assert len(wrapped.trace()) == 4  # the average's forward is none of them
     own = noesis.wrap(averaged.module, layers="leaves")  # the average is a copy, with a trace of its own
@@ -44,7 +44,7 @@ def test_averages_of_a_model(average: Any) -> None:
     seen.check(own.trace())
     own.unwrap()
     wrapped.unwrap()
-    assert not any(isinstance(module, noesis.Observed) for module in (*averaged.modules(), *wrapped.model.modules()))
+    assert not any(isinstance(module, noesis.Observed) for module in (*averaged.modules(), *wrapped.observed_model.modules()))
 
 
 def test_threads_that_have_a_copy_each() -> None:
@@ -68,7 +68,7 @@ def test_threads_that_have_a_copy_each() -> None:
         assert classes_of(own.model) == classes_of(bare)
     assert len(wrapped.trace()) == 0
     wrapped.unwrap()
-    assert classes_of(wrapped.model) == classes_of(bare)
+    assert classes_of(wrapped.observed_model) == classes_of(bare)
 
 
 def test_threads_that_share_a_model_get_its_outputs() -> None:
@@ -147,7 +147,7 @@ def test_models_in_threads_do_not_see_each_other() -> None:
         for number in range(60):
             x = (thread + 1) * some(seed=100 * thread + number)
             if number == 30:
-                with pytest.raises(OnPurpose), failing(wrapped.model.head, "before"):
+                with pytest.raises(OnPurpose), failing(wrapped.observed_model.head, "before"):
                     wrapped(x)
             else:
                 wrapped(x)
@@ -194,7 +194,7 @@ def test_workers_of_a_data_loader(method: str) -> None:
         seen = Seen(model := copy.deepcopy(bare))
         with torch.no_grad():
             assert torch.equal(y, model(some(1 + index, seed=index)).sum(0))
-        for (count, mean), name in zip(totals.tolist(), wrapped.layers, strict=True):
+        for (count, mean), name in zip(totals.tolist(), wrapped.observed_layers, strict=True):
             values = torch.cat(seen.outputs[name])
             assert count == len(values)
             assert mean == pytest.approx(values.mean().item(), rel=1e-5, abs=1e-6)

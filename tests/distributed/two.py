@@ -70,7 +70,7 @@ def data_parallel(rank: int, folder: Path) -> dict[str, bool]:
         model = small()
         if way == "inside":
             wrapped = noesis.wrap(DistributedDataParallel(model), layers="linear")
-            ours = wrapped.model
+            ours = wrapped.observed_model
         else:
             wrapped = noesis.wrap(model, layers="linear")
             ours = DistributedDataParallel(model if way == "around the model" else wrapped)

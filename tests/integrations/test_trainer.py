@@ -203,7 +203,7 @@ def test_the_container_passes_for_the_model() -> None:
 def test_copies_are_containers(copied: Any) -> None:
     wrapped = noesis.wrap(nn.Sequential(nn.Linear(2, 2)))
     other = copied(wrapped)
-    assert type(other) is noesis.Wrapped
+    assert isinstance(other, noesis.Wrapped)
     other(torch.ones(1, 2))
     assert len(other.trace()) == 1
 
@@ -211,8 +211,8 @@ def test_copies_are_containers(copied: Any) -> None:
 def test_a_forward_bound_to_the_container_runs_the_model() -> None:
     """Accelerate's mixed precision does so; `self.model` is another thing in the container and in a Llama."""
     wrapped = noesis.wrap(build("llama"))
-    wrapped.forward = MethodType(type(wrapped.model).forward, wrapped)
-    assert wrapped.model.forward.__self__ is wrapped.model
+    wrapped.forward = MethodType(type(wrapped.observed_model).forward, wrapped)
+    assert wrapped.observed_model.forward.__self__ is wrapped.observed_model
     wrapped(prompts())
     assert len(wrapped.trace()) == 1
 
@@ -258,7 +258,7 @@ def test_accelerate(what: str, precision: str) -> None:
 
     reference = run(build("llama"))
     wrapped = noesis.wrap(build("llama"))
-    assert run(wrapped if what == "wrapped" else wrapped.model) == reference
+    assert run(wrapped if what == "wrapped" else wrapped.observed_model) == reference
     assert len(wrapped.trace()) == 4
     assert len(set(reference)) == 4
 
@@ -317,7 +317,7 @@ def test_the_callback_reports_through_the_trainer(tmp_path: Path) -> None:
 def test_the_callback_raises_alarms(tmp_path: Path) -> None:
     wrapped = noesis.wrap(build("llama"))
     with torch.no_grad():
-        wrapped.model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+        wrapped.observed_model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
     callback = NoesisCallback(wrapped, every=1, alarms=noesis.Alarms(wrapped, "raise"))
     with pytest.raises(noesis.NoesisError, match=r"step 0: layer 'model\.layers\.1' has \d+ NaN") as caught:
         trainer(wrapped, tmp_path, callbacks=[callback]).train()
@@ -328,7 +328,7 @@ def test_the_callback_raises_alarms(tmp_path: Path) -> None:
 def test_bad_arguments(tmp_path: Path) -> None:
     wrapped = noesis.wrap(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(BadType, match=r"NoesisCallback\(Sequential\)\. Expected what noesis\.wrap returned"):
-        NoesisCallback(wrapped.model)
+        NoesisCallback(wrapped.observed_model)
     with pytest.raises(BadValue, match=r"every=0\. Expected a whole number from 1"):
         NoesisCallback(wrapped, every=0)
     with pytest.raises(BadType, match=r"alarms=True\. Expected noesis\.Alarms\(wrapped\)"):

@@ -212,7 +212,7 @@ def compiled(noesis: Any) -> Iterator[tuple[str, bool]]:
     yield "compiled, then wrapped, rows are right or said to be missing", right(reading(wrapped), 2, said=True)
     torch._dynamo.reset()
     wrapped = noesis.wrap(Net(), layers="linear")
-    shell = torch.compile(wrapped.model, backend="eager", fullgraph=True)
+    shell = torch.compile(wrapped.observed_model, backend="eager", fullgraph=True)
     yield "wrapped, then compiled, nothing changes", equal(train(shell), bare)
     shell(x)
     yield "wrapped, then compiled, rows are right", right(reading(wrapped), 2)

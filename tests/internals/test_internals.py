@@ -108,7 +108,7 @@ def test_a_compiler_that_loses_what_was_recorded_is_noticed(eager: int) -> None:
     for _ in range(eager):
         wrapped(x)
     assert len(wrapped.trace()) == eager
-    compiled = torch.compile(wrapped.model, backend=forgetful)
+    compiled = torch.compile(wrapped.observed_model, backend=forgetful)
     for _ in range(3):
         assert torch.equal(compiled(x), small()(x))
     with pytest.warns(noesis.NoesisWarning, match="was compiled, and no forward of what was made of it left a mark"):
@@ -125,7 +125,7 @@ def test_a_compiler_that_loses_what_was_recorded_is_noticed(eager: int) -> None:
 def test_compiled_forwards_that_are_recorded_are_not_complained_of() -> None:
     wrapped = noesis.wrap(small(), layers="linear")
     with wrapped.paused():
-        compiled = torch.compile(wrapped.model, backend="eager")
+        compiled = torch.compile(wrapped.observed_model, backend="eager")
         compiled(x)
     assert len(wrapped.trace()) == 0
     compiled(x)
@@ -138,7 +138,7 @@ def test_a_model_that_is_exported_alone_says_so(strict: bool) -> None:
     if strict and torch.__version__ < (2, 10):  # a TorchVersion
         pytest.skip("a strict export calls the layers there, but not the model itself")
     wrapped = noesis.wrap(small(), layers="linear")
-    torch.export.export(wrapped.model, (x,), strict=strict)
+    torch.export.export(wrapped.observed_model, (x,), strict=strict)
     with pytest.warns(noesis.NoesisWarning, match=r"left out \(\d traced by .*export\)"):
         assert len(wrapped.trace()) == 0
 
@@ -146,7 +146,9 @@ def test_a_model_that_is_exported_alone_says_so(strict: bool) -> None:
 def test_a_container_whose_calls_go_elsewhere_says_so() -> None:
     wrapped = noesis.wrap(small(), layers="linear")
     bare = small()
-    wrapped.model.__class__ = type("Other", (type(wrapped.model),), {"__call__": lambda _, x: bare(x)})
+    wrapped.observed_model.__class__ = type(
+        "Other", (type(wrapped.observed_model),), {"__call__": lambda _, x: bare(x)}
+    )
     wrapped(x)
     with pytest.warns(noesis.NoesisWarning, match="returned 1 times, but was not called as noesis left it"):
         assert len(wrapped.trace()) == 0

@@ -274,8 +274,8 @@ def test_a_model_observed_by_the_kernels(options, monkeypatch):
         x = torch.randn(2, 3, 16, 16)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             for wrapped in (by_cpu, by_triton):
-                wrapped.model[2].active = step == 5
-                wrapped(x.to(wrapped.model[0].weight.device))
+                wrapped.observed_model[2].active = step == 5
+                wrapped(x.to(wrapped.observed_model[0].weight.device))
     one, other = by_cpu.trace(), by_triton.trace()
     np.testing.assert_allclose(one.values, other.values, rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(one.soulprint().vector, other.soulprint().vector, rtol=1e-5, atol=1e-6)

@@ -65,7 +65,7 @@ def test_compiling_the_container():
 def test_pausing_reaches_compiled_code_without_a_recompile():
     x = torch.randn(4, 8)
     wrapped = noesis.wrap(small(), layers="all")
-    call, counter = compiled(wrapped.model)
+    call, counter = compiled(wrapped.observed_model)
     call(x)
     with wrapped.paused():
         call(x)
@@ -110,7 +110,7 @@ def test_a_python_step_counter_would_recompile():
 
 def test_compiled_code_needs_room_for_its_batch():
     wrapped = noesis.wrap(small(), layers="all", per_sample=2)
-    call, _ = compiled(wrapped.model)
+    call, _ = compiled(wrapped.observed_model)
     with pytest.raises(noesis.NoesisError, match=r"batch of 4, and per_sample has room for 2.*per_sample=4"):
         call(torch.randn(4, 8))
 
@@ -120,7 +120,7 @@ def test_inductor():
     x = torch.randn(4, 8)
     wrapped = noesis.wrap(small(), layers="all")
     bare = small()
-    call = torch.compile(wrapped.model, fullgraph=True)
+    call = torch.compile(wrapped.observed_model, fullgraph=True)
     reference = torch.compile(bare, fullgraph=True)
     for _ in range(3):
         assert torch.equal(call(x), reference(x))
@@ -135,7 +135,7 @@ def test_an_exported_model_is_the_bare_one(strict):
     """It may run where there is no noesis, so nothing of it is in there; the model stays observed."""
     wrapped = noesis.wrap(small(), layers="all")
     x = torch.randn(4, 8)
-    program = torch.export.export(wrapped.model, (x,), strict=strict)
+    program = torch.export.export(wrapped.observed_model, (x,), strict=strict)
     bare = torch.export.export(small(), (x,), strict=strict)
     targets = [[str(node.target) for node in each.graph.nodes] for each in (program, bare)]
     assert targets[0] == targets[1]
@@ -178,7 +178,7 @@ def test_blocks_compiled_one_by_one_share_one_graph(order):
 @pytest.mark.slow
 def test_a_hundred_steps_through_train_and_eval_with_changing_every():
     wrapped = noesis.wrap(nn.Sequential(small(), nn.Dropout(0.5)), layers="all", every=2)
-    call, counter = compiled(wrapped.model)
+    call, counter = compiled(wrapped.observed_model)
     x = torch.randn(4, 8)
     observed = []
     for step in range(100):
@@ -197,7 +197,7 @@ def test_eager_and_compiled_forwards_count_together():
     """The host does not see compiled forwards; the device counts all."""
     x = torch.randn(4, 8)
     wrapped = noesis.wrap(small(), layers="all", every=3)
-    call, _ = compiled(wrapped.model)
+    call, _ = compiled(wrapped.observed_model)
     for step in range(12):
         (wrapped if step in (0, 1, 5, 6, 7) else call)(x)
     trace = wrapped.trace()
@@ -218,7 +218,7 @@ def test_the_state_stays_where_it_is_for_cuda_graphs():
         return graph.forward
 
     wrapped = noesis.wrap(nn.Sequential(nn.Linear(8, 8)), layers="all")
-    torch.compile(wrapped.model, backend=backend, fullgraph=True)(torch.randn(4, 8))
+    torch.compile(wrapped.observed_model, backend=backend, fullgraph=True)(torch.randn(4, 8))
     assert len(marked) >= 7
     assert {how for _, how in marked} == {"unguarded"}, marked
 

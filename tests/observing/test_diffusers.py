@@ -107,7 +107,7 @@ def test_the_pipeline_is_what_it_was(pipelines: dict[str, Any]) -> None:
     with wrapping(pipe) as wrapped:
         assert (dict(pipe.components), repr(pipe), dict(pipe.config), inspect.signature(pipe.__call__)) == before
         assert pipe.unet is unet
-        assert wrapped.model is unet
+        assert wrapped.observed_model is pipe
         assert isinstance(pipe, original)
         assert type(pipe) is not original
         for attribute in ("__name__", "__qualname__", "__module__", "__doc__"):
@@ -176,7 +176,8 @@ def test_copies(pipelines: dict[str, Any], copied: Any) -> None:
 def test_copying_a_denoiser_copies_no_pipeline(pipelines: dict[str, Any]) -> None:
     with wrapping(pipelines["sd15"]) as wrapped:
         call("sd15", pipelines["sd15"], steps=1)
-        assert len(pickle.dumps(wrapped.model)) < 1.5 * sum(p.nbytes for p in wrapped.model.parameters())
+        unet = wrapped.unet
+        assert len(pickle.dumps(unet)) < 1.5 * sum(p.nbytes for p in unet.parameters())
 
 
 def test_a_pipeline_is_freed_without_the_garbage_collector() -> None:
@@ -255,10 +256,10 @@ def test_dual_stream_blocks_measure_the_image(pipelines: dict[str, Any], name: s
     pipe = pipelines[name]
     blocks = dict(pipe.transformer.named_modules())
     with wrapping(pipe) as wrapped:
-        outputs: dict[str, list[tuple[Any, Any]]] = {layer: [] for layer in wrapped.layers}
+        outputs: dict[str, list[tuple[Any, Any]]] = {layer: [] for layer in wrapped.observed_layers}
         handles = [
             blocks[layer].register_forward_hook(lambda m, i, output, layer=layer: outputs[layer].append(output))
-            for layer in wrapped.layers
+            for layer in wrapped.observed_layers
         ]
         call(name, pipe)
         for handle in handles:
@@ -282,7 +283,7 @@ def test_soulprints_of_a_step_and_of_the_run(pipelines: dict[str, Any], name: st
         call(name, pipelines[name])
         trace, whole = wrapped.trace(), wrapped.soulprint()
         steps = [trace.soulprint(step=step).vector for step in range(3)]
-        assert whole.vector.shape == (2 * len(wrapped.layers),)
+        assert whole.vector.shape == (2 * len(wrapped.observed_layers),)
         np.testing.assert_allclose(whole.vector, np.mean(steps, axis=0), rtol=1e-6)
         assert not np.allclose(steps[0], steps[2], rtol=1e-4)
         call(name, pipelines[name])
@@ -385,13 +386,13 @@ def test_samples_are_the_halves_of_the_batch(pipelines: dict[str, Any]) -> None:
 
     with wrapping(pipe, per_sample=True) as wrapped:
         outputs: list[torch.Tensor] = []
-        block = pipe.unet.get_submodule(wrapped.layers[0])
+        block = pipe.unet.get_submodule(wrapped.observed_layers[0])
         handle = block.register_forward_hook(lambda m, i, output: outputs.append(output.double()))
         rows = first_rows(["a moth", "a lamp"])
         handle.remove()
-        assert rows.shape == (4, len(wrapped.layers))
+        assert rows.shape == (4, len(wrapped.observed_layers))
         np.testing.assert_allclose(rows[:, 0], outputs[0].flatten(1).mean(1), rtol=1e-4, atol=1e-8)
-        assert len(wrapped.trace().samples[3].soulprint().vector) == 2 * len(wrapped.layers)
+        assert len(wrapped.trace().samples[3].soulprint().vector) == 2 * len(wrapped.observed_layers)
         other = first_rows(["a moth", "a whale"])
         # At the first step nothing but the second image's conditional half knows of the new prompt.
         np.testing.assert_allclose(other[:3], rows[:3], rtol=1e-4, atol=1e-6)
@@ -621,8 +622,8 @@ def test_the_same_denoiser_under_two_names(pipelines: dict[str, Any]) -> None:
     pipe = copy.copy(pipelines["wan"])
     pipe.transformer_2 = pipe.transformer
     with wrapping(pipe) as wrapped:
-        assert wrapped.model is pipe.transformer
-        assert wrapped.layers == ["blocks.0", "blocks.1"]
+        assert wrapped.transformer is pipe.transformer
+        assert wrapped.observed_layers == ["blocks.0", "blocks.1"]
 
 
 # ---------------------------------------------------------------- with diffusers' own machinery

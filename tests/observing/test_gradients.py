@@ -373,7 +373,7 @@ def test_gradients_of_gradients() -> None:
 
 def test_compiled_code_gives_none_and_says_so() -> None:
     wrapped = noesis.wrap(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), layers="leaves", gradients=True)
-    compiled = torch.compile(wrapped.model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(wrapped.observed_model, backend="aot_eager", fullgraph=True)
     compiled(torch.ones(1, 2)).sum().backward()
     assert len(wrapped.trace()) == 1
     assert "compiled code gives none" in wrapped.gradients().unmeasured["0"]
@@ -413,7 +413,7 @@ def test_compiled_autograd_runs_as_one_graph_and_gives_none() -> None:
 
 def test_skipped_forwards_give_none_when_some_were_compiled() -> None:
     wrapped = noesis.wrap(nn.Sequential(nn.Linear(2, 3)), layers="leaves", gradients=True, every=2)
-    torch.compile(wrapped.model, backend="eager")(torch.ones(1, 2))
+    torch.compile(wrapped.observed_model, backend="eager")(torch.ones(1, 2))
     for size in (1, 2, 3):
         wrapped(torch.ones(size, 2)).sum().backward()
     assert wrapped.gradients()["count"].tolist() == [[3], [9]]

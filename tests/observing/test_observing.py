@@ -167,7 +167,7 @@ def test_tied_modules_are_one_layer():
     model = nn.Sequential(shared, nn.ReLU(), shared)
     wrapped = noesis.wrap(model, layers="linear")
     wrapped(torch.ones(1, 4))
-    assert wrapped.layers == ["0"]
+    assert wrapped.observed_layers == ["0"]
     assert wrapped.trace().calls.tolist() == [[2]]
 
 
@@ -315,7 +315,7 @@ def test_the_container_is_the_model():
     model = Net()
     wrapped = noesis.wrap(model)
     assert isinstance(wrapped, nn.Module)
-    assert wrapped.model is model
+    assert wrapped.observed_model is model
     assert wrapped.head is model.head
     assert wrapped.train(False) is wrapped
     assert not model.training
@@ -369,7 +369,9 @@ def test_wrapping_twice_is_idempotent_or_refused():
     wrapped(torch.randn(1, 3, 4, 4))
     assert len(noesis.wrap(model).trace()) == 1
     assert len(noesis.wrap(wrapped).trace()) == 1
-    with pytest.raises(noesis.NoesisError, match=r"Net is wrapped already, with other settings .* Call unwrap\(\)"):
+    with pytest.raises(
+        noesis.NoesisError, match=r"Net is wrapped already, with other settings .* Call noesis.unwrap\(model\)"
+    ):
         noesis.wrap(model, layers="all")
     with pytest.raises(RuntimeError, match="wrapped already"):
         noesis.wrap(model.layers[0], layers="linear")
@@ -460,13 +462,13 @@ def test_tracing_by_torch_fx_leaves_no_mark():
     class Whole(nn.Module):
         def __init__(self):
             super().__init__()
-            self.block = wrapped.model
+            self.block = wrapped.observed_model
 
         def forward(self, x):
             return self.block(x)
 
     torch.fx.symbolic_trace(Whole())
-    torch.fx.symbolic_trace(wrapped.model)
+    torch.fx.symbolic_trace(wrapped.observed_model)
     with pytest.warns(noesis.NoesisWarning, match=r"left out \(\d traced by .*torch\.fx"):
         assert len(wrapped.trace()) == 0
 

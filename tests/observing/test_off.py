@@ -65,13 +65,13 @@ def test_a_layer_that_is_off_is_inside_of_no_more_calls() -> None:
     bare = nn.Sequential(Deep(4, 4))
     bare(x)
     wrapped = noesis.wrap(nn.Sequential(Deep(4, 4)), every=2)
-    wrapped.model(x)
-    on = wrapped.model[0].depth
-    wrapped.model(x)  # left out
-    left_out = wrapped.model[0].depth
+    wrapped.observed_model(x)
+    on = wrapped.observed_model[0].depth
+    wrapped.observed_model(x)  # left out
+    left_out = wrapped.observed_model[0].depth
     with wrapped.paused():
-        wrapped.model(x)
-        assert wrapped.model[0].depth == left_out == bare[0].depth < on
+        wrapped.observed_model(x)
+        assert wrapped.observed_model[0].depth == left_out == bare[0].depth < on
     assert calls.called_as_any(nn.Linear)
     assert not calls.called_as_any(Loud)
 
@@ -82,13 +82,13 @@ def test_a_torch_whose_calls_are_not_known(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(calls, "KNOWN", None)
     wrapped = noesis.wrap(nn.Sequential(Deep(4, 4)))
     with wrapped.paused():
-        wrapped.model(x)
-        short = wrapped.model[0].depth
+        wrapped.observed_model(x)
+        short = wrapped.observed_model[0].depth
         monkeypatch.undo()
         wrapped.unwrap()
-        noesis.wrap(wrapped.model)._recorder.pause(True)
-        wrapped.model(x)
-        assert short > wrapped.model[0].depth
+        noesis.wrap(wrapped.observed_model)._recorder.pause(True)
+        wrapped.observed_model(x)
+        assert short > wrapped.observed_model[0].depth
 
 
 @pytest.fixture(params=["paused", "left out"])
@@ -167,7 +167,7 @@ def test_calls_that_were_replaced_after_wrapping(name: str, whose: str, monkeypa
         seen.append(layer)
         return former(layer, *args)
 
-    layer = wrapped.model[0]
+    layer = wrapped.observed_model[0]
     if whose == "class":
         monkeypatch.setattr(Own, name, call, raising=False)
     else:
@@ -209,12 +209,12 @@ def test_the_profiler_knows_the_modules(off: noesis.Wrapped, tmp_path: Path) -> 
 def test_a_call_that_was_bound_elsewhere() -> None:
     """As checkpointing and `torch.compiler.disable` bind it."""
     wrapped, bare = noesis.wrap(small(), layers="all"), small()
-    outside = wrapped.model[1].__call__
+    outside = wrapped.observed_model[1].__call__
     with wrapped.paused():
-        inside = wrapped.model[0].__call__
+        inside = wrapped.observed_model[0].__call__
         checkpoint(outside, inside(x), use_reentrant=False).sum().backward()
         bare[1](bare[0](x)).sum().backward()
-        assert torch.equal(wrapped.model[0].weight.grad, bare[0].weight.grad)
+        assert torch.equal(wrapped.observed_model[0].weight.grad, bare[0].weight.grad)
     outside(inside(x))
     assert wrapped.trace().calls.tolist() == [[1, 1, 1, 1, 0]]
 
@@ -236,17 +236,17 @@ def test_gradients_of_what_is_recomputed_while_off(reentrant: bool) -> None:
     saved: list[Tensor] = []
     wrapped = noesis.wrap(Checkpointed(), layers=["block.inner", "deep"], gradients=True, every=2)
     y = wrapped(x.clone().requires_grad_())
-    on = wrapped.model.deep.depth
+    on = wrapped.observed_model.deep.depth
     saved.append(y)
     wrapped(x.clone().requires_grad_())  # left out
-    assert wrapped.model.deep.depth < on
+    assert wrapped.observed_model.deep.depth < on
     assert wrapped.gradients().calls.tolist() == [[1, 1]]
 
 
 def test_what_is_unwrapped_or_given_a_class_while_paused() -> None:
     wrapped = noesis.wrap(small(), layers="linear")
     with wrapped.paused():
-        layer = wrapped.model[0]
+        layer = wrapped.observed_model[0]
         layer.__class__ = type("Sharded", (type(layer),), {})  # as `fully_shard` does
         wrapped(x)
     wrapped(x)
@@ -304,7 +304,7 @@ def test_calibrating_while_paused() -> None:
     with wrapped.paused():
         wrapped.calibrate(batches)
     wrapped(x)
-    assert list(wrapped.surprise().layers) == wrapped.layers
+    assert list(wrapped.surprise().layers) == wrapped.observed_layers
     assert wrapped.trace().calls.tolist() == [[1] * 3]
 
 
@@ -322,9 +322,9 @@ def test_compiling_while_paused_is_compiling_once(counter: Any, how: str, when: 
 
     def compile_() -> Any:
         if how == "as a whole":
-            return torch.compile(wrapped.model, backend=counter)
-        wrapped.model[1].compile(backend=counter)
-        return wrapped.model
+            return torch.compile(wrapped.observed_model, backend=counter)
+        wrapped.observed_model[1].compile(backend=counter)
+        return wrapped.observed_model
 
     call = compile_() if when == "before" else None
     wrapped(x)  # in eager code, where it is compiled as a whole

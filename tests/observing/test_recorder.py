@@ -80,7 +80,7 @@ def test_reading_the_latest_steps_alone(per_sample) -> None:
     wrapped = noesis.wrap(small(), layers="all", capacity=4, every=2, per_sample=per_sample)
     for step in range(11):
         wrapped(torch.full((3, 4), float(step)))
-    wrapped.model[0](torch.ones(1, 4))  # belongs to the next step
+    wrapped.observed_model[0](torch.ones(1, 4))  # belongs to the next step
     whole = wrapped.trace()
     for since in (-1, 0, 7, 8, 10, 11, 12):
         latest, want = wrapped._recorder.trace(since=since), whole.at(whole.steps >= since)
@@ -115,7 +115,7 @@ def test_paused_forwards_are_no_steps():
         wrapped(second)
     wrapped(third)
     assert wrapped.trace().steps.tolist() == [0, 1]
-    assert wrapped.trace()["max"][1, 0] == pytest.approx(wrapped.model[0](third).max().item())
+    assert wrapped.trace()["max"][1, 0] == pytest.approx(wrapped.observed_model[0](third).max().item())
 
 
 def test_run_and_reset_begin_afresh():

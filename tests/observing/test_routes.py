@@ -331,7 +331,7 @@ def test_what_is_called_between_forwards_belongs_to_the_next_one():
     wrapped = noesis.wrap(small(), layers="routers")
     x = torch.randn(2, 3, 8)
     wrapped(x)
-    wrapped.model[0](x)
+    wrapped.observed_model[0](x)
     waiting = wrapped.routes()
     assert waiting.steps.tolist() == [0, 1]
     assert waiting.tokens.tolist() == [[6, 6], [6, 0]]
@@ -346,7 +346,7 @@ def test_what_is_called_before_a_forward_left_out_goes_with_it():
     x = torch.randn(2, 3, 8)
     for _ in range(3):
         wrapped(x)
-        wrapped.model[0](x)
+        wrapped.observed_model[0](x)
     routes = wrapped.routes()
     assert routes.tokens.tolist() == [[6, 6], [12, 6]]
     np.testing.assert_array_equal(routes.sums.sum(0), routes.whole)
@@ -491,7 +491,7 @@ def test_mixtral_compiles_to_one_graph():
     eager, model = noesis.wrap(build("mixtral", **options), layers="routers"), build("mixtral", **options)
     wrapped = noesis.wrap(model, layers="routers")
     counter = CompileCounterWithBackend("aot_eager")
-    called = torch.compile(wrapped.model, fullgraph=True, backend=counter)
+    called = torch.compile(wrapped.observed_model, fullgraph=True, backend=counter)
     for seed in range(3):
         ids = prompts(seed=seed)
         with torch.no_grad():
@@ -569,7 +569,7 @@ def test_what_cannot_be_read_is_reported():
     assert "neither the router nor the config has any of" in wrapped.routes().unmeasured["0"]
 
     wrapped = noesis.wrap(nn.Sequential(TopKRouter(experts=4)), layers="routers")
-    wrapped.model[0].weight = nn.Parameter(torch.randn(3, 8))  # not as many as it says
+    wrapped.observed_model[0].weight = nn.Parameter(torch.randn(3, 8))  # not as many as it says
     wrapped(torch.randn(2, 8))
     assert "no logits of 4 experts in an output of type tuple" in wrapped.routes().unmeasured["0"]
 

@@ -97,7 +97,7 @@ def test_a_layer_that_did_not_run_is_absent_not_stale(wrapped: noesis.Wrapped) -
 
 
 def test_nan_is_counted_and_located(wrapped: noesis.Wrapped) -> None:
-    nn.init.constant_(wrapped.model.skipped.bias, math.nan)
+    nn.init.constant_(wrapped.observed_model.skipped.bias, math.nan)
     wrapped(torch.randn(5, 4))
     trace = wrapped.trace()
     found = scalars(trace, layers="each")
@@ -106,7 +106,7 @@ def test_nan_is_counted_and_located(wrapped: noesis.Wrapped) -> None:
     assert found["noesis/sum_of_layers/nonfinite"] == 5 * (8 + 3)
     assert math.isnan(found["noesis/skipped/std"])
     assert found["noesis/max_of_layers/std"] == trace["std"][0, 0]
-    nn.init.constant_(wrapped.model.first.bias, math.nan)
+    nn.init.constant_(wrapped.observed_model.first.bias, math.nan)
     wrapped(torch.randn(5, 4))
     found = scalars(wrapped.trace())
     assert math.isnan(found["noesis/mean_of_layers/std"])

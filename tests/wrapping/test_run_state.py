@@ -72,7 +72,7 @@ def test_the_run_it_was_resumed_from_is_named() -> None:
 def test_layers_that_never_ran_and_nothing_at_all() -> None:
     wrapped = carried(net(), net())
     assert wrapped.trace().never_ran == ["0", "1", "2"]
-    wrapped.model[0](batch(0))
+    wrapped.observed_model[0](batch(0))
     again = carried(wrapped, net())
     assert again.trace().never_ran == ["1", "2"]
     assert again.trace().totals[0, 0] == 30

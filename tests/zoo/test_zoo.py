@@ -137,7 +137,7 @@ def test_the_model_does_not_notice_and_is_given_back(entry: Entry) -> None:
             cls.__qualname__,
             cls.__module__,
         )
-    assert all(isinstance(model.get_submodule(name), noesis.Observed) for name in wrapped.layers)
+    assert all(isinstance(model.get_submodule(name), noesis.Observed) for name in wrapped.observed_layers)
     assert wrapped.unwrap() is model
     assert facts(model) == before
     assert_same(before_any, seeded(model, entry))
@@ -156,7 +156,7 @@ def test_every_layer_is_measured_or_named(entry: Entry) -> None:
             elements[name] = elements.get(name, 0) + hidden.numel()
 
     wrapped = noesis.wrap(model, layers="all")
-    for name in wrapped.layers:
+    for name in wrapped.observed_layers:
         module = hooked.get_submodule(name)
         module.register_forward_hook(lambda module, args, output, name=name: count(name, stream_index(module), output))
     seeded(hooked, entry)
@@ -171,7 +171,7 @@ def test_every_layer_is_measured_or_named(entry: Entry) -> None:
 
 def test_blocks_are_what_one_would_call_so(entry: Entry) -> None:
     wrapped = noesis.wrap(models.model_of(entry), layers="blocks")
-    assert models.kinds(wrapped.layers) == entry.blocks
+    assert models.kinds(wrapped.observed_layers) == entry.blocks
 
 
 @pytest.mark.slow
@@ -186,7 +186,7 @@ def test_a_deep_copy_is_observed_by_itself(entry: Entry) -> None:
     assert (len(wrapped.trace()), len(other.trace())) == (1, 2)
     other.unwrap()
     assert not any(isinstance(module, noesis.Observed) for module in twin.modules())
-    assert all(isinstance(model.get_submodule(name), noesis.Observed) for name in wrapped.layers)
+    assert all(isinstance(model.get_submodule(name), noesis.Observed) for name in wrapped.observed_layers)
 
 
 @pytest.mark.slow
@@ -248,10 +248,10 @@ def compiles(entry: Entry) -> str:
         one, want = graphs(bare, entry, fullgraph=True)
     except torch._dynamo.exc.TorchDynamoException:
         one, want = graphs(bare, entry, fullgraph=False)
-        other, got = graphs(wrapped.model, entry, fullgraph=False)
+        other, got = graphs(wrapped.observed_model, entry, fullgraph=False)
         said = f"the bare model breaks too ({one} graphs, {other} observed)"
     else:
-        other, got = graphs(wrapped.model, entry, fullgraph=True)
+        other, got = graphs(wrapped.observed_model, entry, fullgraph=True)
         assert one == other
         said = "one graph" if one == 1 else f"one graph, {one} times"
     assert_same(want, got)

@@ -112,7 +112,7 @@ class NoesisDetector:
         wrapped = self._wrapped("predict")
         if wrapped.calibration is None:
             raise _unfitted("predict", "fit(data_loader)")
-        with evaluating(wrapped.model):
+        with evaluating(wrapped.observed_model):
             wrapped(x)
             surprise = wrapped.surprise()
         return torch.from_numpy(surprise.score).float().to(x.device)

@@ -1,6 +1,7 @@
 """A model as noesis sees it: layers, blocks, routers, denoisers, and which tensor an output means."""
 
 from .denoisers import DENOISER, denoisers_of
+from .kinds import named_layers
 from .outputs import batch_of, emittable, hidden_state, is_dtensor, is_number, part_emitted, part_of, unmeasurable
 from .routers import Router, find_routers
 from .selecting import Layers, select
@@ -16,6 +17,7 @@ __all__ = [
     "hidden_state",
     "is_dtensor",
     "is_number",
+    "named_layers",
     "part_emitted",
     "part_of",
     "select",

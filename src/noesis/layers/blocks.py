@@ -21,7 +21,8 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     _collect(model, found)
     if len(found) > 1 or (found and not _in_sequential(model, found[0])):
         return found
-    members = {id(child) for parent in model.modules() if isinstance(parent, nn.Sequential) for child in parent}
+    sequentials = [module for module in model.modules() if isinstance(module, nn.Sequential)]
+    members = {id(child) for parent in sequentials for child in _entries(parent)}
     return [
         module
         for name, module in named_layers(model)
@@ -30,7 +31,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _collect(module: nn.Module, found: list[nn.Module]) -> None:
-    for child in _entries(module) if _is_list(module) else [child for _, child in children(module)]:
+    for child in _entries(module):
         if any(child is block for block in found):
             continue
         if _is_list(module) and _is_block(child):
@@ -45,7 +46,7 @@ def _is_block(module: nn.Module) -> bool:
         return isinstance(module, nn.Sequential) and _size(module) > 0 and all(is_leaf(m) for m in _entries(module))
     if _matrices(module) < 2:
         return False
-    inner = [child for _, child in children(module) if _is_list(child) and _repeats_one_class(child)]
+    inner = [child for child in _entries(module) if _is_list(child) and _repeats_one_class(child)]
     return 2 * sum(map(_size, inner)) < _size(module)
 
 
@@ -54,7 +55,7 @@ def _is_list(module: nn.Module) -> bool:
 
 
 def _entries(module: nn.Module) -> list[nn.Module]:
-    return list(module.children())
+    return [child for _, child in children(module)]
 
 
 def _repeats_one_class(module: nn.Module) -> bool:
@@ -64,7 +65,7 @@ def _repeats_one_class(module: nn.Module) -> bool:
 
 
 def _in_sequential(model: nn.Module, block: nn.Module) -> bool:
-    return any(block is child for m in model.modules() if isinstance(m, nn.Sequential) for child in m.children())
+    return any(block is child for m in model.modules() if isinstance(m, nn.Sequential) for child in _entries(m))
 
 
 def _matrices(module: nn.Module) -> int:

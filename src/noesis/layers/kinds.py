@@ -11,6 +11,8 @@ from ..internals import capture_declarations
 
 # Called by nobody: holders of other modules.
 _HOLDERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+# What torch puts around a module to run it otherwise, and leaves out of the names of parameters too.
+_AROUND = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 # Children that compute or keep the weights of a layer, which is one layer with them (parametrize, torch.ao).
 _WEIGHTS = {"parametrizations", "_packed_params", "_all_weight_values"}
 _ATTENTION = re.compile(r"(?:Attention|Attn)\d*$")
@@ -21,7 +23,8 @@ _MLP_NAMES = {"mlp", "ff", "ffn", "feed_forward", "feedforward"}
 def named_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """`named_modules()` without holders and without the inside of what counts as one layer.
 
-    A LoRA layer of PEFT, a parametrized and a quantised layer are one layer under the name they had before.
+    A LoRA layer of PEFT, a parametrized and a quantised layer are one layer under the name they had before; a module
+    that activation checkpointing or FSDP has put a parent around keeps its name.
     """
     seen: set[int] = set()
 
@@ -41,7 +44,15 @@ def children(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Named children that are layers; none for a module that counts as one layer."""
     if hasattr(module, "base_layer"):  # PEFT: base_layer, lora_A and lora_B act as one
         return []
-    return [(name, child) for name, child in module.named_children() if name not in _WEIGHTS]
+    return [(name, _within(child)) for name, child in module.named_children() if name not in _WEIGHTS]
+
+
+def _within(module: nn.Module) -> nn.Module:
+    for name in _AROUND:
+        inner = getattr(module, name, None)
+        if isinstance(inner, nn.Module):
+            return _within(inner)
+    return module
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -1,10 +1,20 @@
 """The hot path: observed classes, sites, the recorder and its banks, channels, pipelines."""
 
-from .attach import observe
+from .attach import detach, observe
 from .channels import Channels
 from .gradients import GradientRecorder
-from .observed import Observed, restore, site_of
+from .observed import Observed, plain, site_of
 from .pipelines import Pipeline
 from .recorder import Recorder
 
-__all__ = ["Channels", "GradientRecorder", "Observed", "Pipeline", "Recorder", "observe", "restore", "site_of"]
+__all__ = [
+    "Channels",
+    "GradientRecorder",
+    "Observed",
+    "Pipeline",
+    "Recorder",
+    "detach",
+    "observe",
+    "plain",
+    "site_of",
+]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from loguru import logger
 from torch import nn
 
 from ..internals import stream_index
 from .gradients import GradientRecorder
-from .observed import become_observed, restore
+from .observed import become_observed, restore, site_of
 from .recorder import Recorder
 from .site import Site
 
@@ -63,6 +64,18 @@ def observe(
             restore(module)
         raise
     recorder.observed = [weakref.ref(module) for module in done]
+
+
+def detach(modules: Iterable[nn.Module], family: str | None = None) -> None:
+    """Give observed modules their classes back: all of them, or those of one recorder and its copies."""
+    for module in modules:
+        site = site_of(module)
+        if site is None or (family is not None and site.recorder.family != family):
+            continue
+        if site.root:
+            site.recorder.attached = False
+        if not restore(module):
+            logger.warning("{} was given another class after wrapping; it keeps it, unobserved", site.name)
 
 
 def _parameters(function: Callable[..., Any]) -> list[str]:

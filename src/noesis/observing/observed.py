@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 import copyreg
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from loguru import logger
 from torch import nn
 from torch.autograd import profiler
 from torch.compiler import is_dynamo_compiling
@@ -262,3 +263,23 @@ def restore(module: nn.Module) -> bool:
         return True
     module.__dict__["_noesis"] = None  # ours stays in between, and does nothing
     return False
+
+
+@contextmanager
+def plain(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Modules with the classes that they had, for the length of a block; nothing is observed inside."""
+    kept: list[tuple[nn.Module, type[nn.Module], Site | None]] = []
+    try:
+        for module in modules:
+            cls = type(module)
+            if isinstance(module, Observed):
+                kept.append((module, cls, module._noesis))
+                restore(module)
+        yield
+    finally:
+        for module, cls, site in kept:
+            if type(module) in (cls, original_class(cls)):
+                module.__class__ = cls
+                module.__dict__["_noesis"] = site
+            else:
+                logger.warning("A {} was given another class while it was unwrapped; it keeps it", cls.__name__)

@@ -44,7 +44,7 @@ class Pipeline:
         >>> trace = wrapped.trace()
         >>> trace.timesteps, trace.meta["seed"], trace.meta["scheduler"]
         (array([500.,   0.]), 7, 'DDPMScheduler')
-        >>> wrapped.unwrap() is pipe.unet
+        >>> wrapped.unwrap() is pipe
         True
     """
 
@@ -97,6 +97,24 @@ class Pipeline:
         else:  # another library has built a class on ours; it stays in between, and does nothing
             self.pipe.__dict__["_noesis"] = None
         self._rebind()
+
+    @classmethod
+    def of(cls, pipe: Any) -> Pipeline:
+        """A pipeline that may be observed already, by whichever recorder."""
+        made, calls = cls(pipe), getattr(pipe, "_noesis", None)
+        made.recorder = calls.recorder if isinstance(calls, Calls) else None
+        return made
+
+    @contextmanager
+    def detached(self) -> Iterator[None]:
+        """The pipeline with the class that it had, for the length of a block."""
+        recorder = self.recorder
+        self.detach()
+        try:
+            yield
+        finally:
+            if recorder is not None:
+                self.attach(recorder)
 
     def _rebind(self) -> bool:
         told = [rebind(component) for component in self.pipe.components.values()]

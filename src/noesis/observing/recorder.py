@@ -85,6 +85,8 @@ class Recorder:
             None  # a control block per device, where forwards leave no mark
         )
         self.forwards_off_the_record = 0
+        self.attached = True  # until its modules have their classes back
+        self.family = uuid.uuid4().hex  # that copies share, so that those in the model are unwrapped with it
         self.evidence = Evidence()
         self._listen()
 

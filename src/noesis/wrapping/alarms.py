@@ -160,7 +160,7 @@ class Alarms:
 
     def reset(self) -> None:
         """Forget baselines and what was raised; what was recorded so far is not looked at again."""
-        layers = len(self._wrapped.layers)
+        layers = len(self._wrapped.observed_layers)
         self._baselines = _Baselines(layers)
         self._active: dict[Kind, Mask] = {
             "dead": np.zeros(layers, bool),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import files
 from ..distributed import calibrate_over
-from ..errors import BadType, BadValue, NoesisWarning, WrongState
+from ..errors import BadType, BadValue, NoesisWarning, NotThere
 from ..internals import undisturbed
 from ..kernels.layout import FORWARDS
 from ..observing import Channels, Recorder
@@ -28,16 +28,15 @@ from ..surprise import (
     save_calibration,
 )
 from .calibration_loop import collect
+from .proxy import ModelProxy
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class WithCodebooks:
+class WithCodebooks(ModelProxy):
     """What a container with a codebook answers about the inputs of its model."""
 
-    model: nn.Module
-    _root: nn.Module
     _recorder: Recorder
 
     def calibrate(
@@ -100,7 +99,7 @@ at 0.0099; 2 layers and the logits)
 
         def collected() -> Collection:
             return collect(
-                self.model,
+                self._root if self._pipeline is not None else self.observed_model,
                 self._root,
                 self._recorder,
                 self._channels(),
@@ -124,8 +123,13 @@ at 0.0099; 2 layers and the logits)
 
     @property
     def calibration(self) -> Calibration | None:
-        """What `calibrate` learned."""
-        return self._scorer().calibration
+        """What `calibrate` learned; the model's own attribute where it has one of this name.
+
+        Raises:
+            AttributeError: (a NoesisError) without a codebook.
+        """
+        found: Calibration | None = self._yield("calibration", lambda: self._scorer().calibration)
+        return found
 
     def surprise(self) -> Surprise:
         """How strange each sample of the latest forward is; forwards inside `paused()` do not count.
@@ -194,8 +198,13 @@ at 0.0099; 2 layers and the logits)
 
     @property
     def codebooks(self) -> dict[str, LayerCodebook]:
-        """The codebook of each layer, with its usage."""
-        return dict(self._scorer().books)
+        """The codebook of each layer, with its usage; the model's own attribute where it has one of this name.
+
+        Raises:
+            AttributeError: (a NoesisError) without a codebook.
+        """
+        found: dict[str, LayerCodebook] = self._yield("codebooks", lambda: dict(self._scorer().books))
+        return found
 
     def save_calibration(self, path: files.PathLike) -> Path:
         """Write codebooks and calibration to a `.safetensors` file.
@@ -217,7 +226,7 @@ at 0.0099; 2 layers and the logits)
     def _scorer(self) -> Scorer:
         scorer: Scorer | None = self._recorder.scorer
         if scorer is None:
-            raise WrongState("This wrap has no codebooks", "one that has", "Pass wrap(..., codebook=noesis.Codebook())")
+            raise NotThere("This wrap has no codebooks", "one that has", "Pass wrap(..., codebook=noesis.Codebook())")
         return scorer
 
     def _channels(self) -> Channels:

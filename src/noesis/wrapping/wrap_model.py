@@ -156,7 +156,7 @@ def _observed_already(root: nn.Module, roots: list[nn.Module], settings: dict[st
         raise WrongState(
             f"{type(root).__name__} is wrapped already, with other settings (layers {few(recorder.names)})",
             "a model that is not wrapped, or the same settings",
-            "Call unwrap() on the container first",
+            "Call noesis.unwrap(model) first",
         )
     return recorder
 
@@ -164,7 +164,7 @@ def _observed_already(root: nn.Module, roots: list[nn.Module], settings: dict[st
 def resolve(model: Any) -> tuple[Any, nn.Module, list[nn.Module], Any]:
     """What to call, where layers are selected, whose forwards are steps, and the pipeline around it."""
     if isinstance(model, Wrapped):
-        model = model.model
+        model = model.observed_model
     if isinstance(model, nn.Module):
         root = inside(model)
         return model, root, [root], None
@@ -173,7 +173,7 @@ def resolve(model: Any) -> tuple[Any, nn.Module, list[nn.Module], Any]:
 
         pipeline = Pipeline(model)
         root, roots = pipeline.denoisers()
-        return root, root, roots, pipeline
+        return model, root, roots, pipeline
     raise BadType(
         f"model is of type {type(model).__name__}", "an nn.Module or a diffusers pipeline", "Pass the model itself"
     )

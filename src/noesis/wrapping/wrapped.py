@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,7 +14,8 @@ from ..distributed import merge_over
 from ..errors import BadValue, NoesisError, WrongState
 from ..files import writer
 from ..internals import compiled, rebind, undisturbed
-from ..observing import Recorder, restore, site_of
+from ..layers import named_layers
+from ..observing import Recorder, detach, site_of
 from ..results import STATS, Routes, Soulprint, Trace, scalars, under
 from .with_codebooks import WithCodebooks
 
@@ -25,15 +23,17 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class Wrapped(WithCodebooks, nn.Module):
+class Wrapped(WithCodebooks, nn.Module):  # type: ignore[override]  # forward is the model's
     """A model under observation: runs as the model does, and tells what happened.
 
-    Everything that is not noesis' own is the model's: attributes, parameters, `state_dict()` with
-    the model's keys, `train()`, `to()`, `generate()`.
+    Everything that is not noesis' own is the model's: attributes, parameters, `state_dict()` with the model's keys,
+    `train()`, `to()`, `generate()`, and `len()`, indexing, `with` where the model has them. noesis' own are the public
+    methods below, `every`, `observed_model` and `observed_layers`; `model`, `layers`, `codebooks` and `calibration` are
+    noesis' where the model has no attribute of that name. Around a pipeline, what the pipeline lacks is its denoiser's.
 
     Attributes:
-        model: the model itself, the very object that was given.
-        layers: names of the observed layers.
+        observed_model: the model itself, the very object that was given.
+        observed_layers: names of the observed layers.
 
     Example:
         >>> import torch, noesis
@@ -48,16 +48,27 @@ class Wrapped(WithCodebooks, nn.Module):
 
     def __init__(self, model: nn.Module, root: nn.Module, recorder: Recorder, pipeline: Any = None) -> None:
         # No nn.Module.__init__: parameters, buffers, children and hooks are the model's, not copies.
-        self.__dict__.update(model=model, _root=root, _recorder=recorder, _pipeline=pipeline, _wrapped=True)
+        self.__dict__.update(observed_model=model, _root=root, _recorder=recorder, _pipeline=pipeline)
+        self._take_class()
         if pipeline is not None:
             pipeline.attach(recorder)
 
     # ------------------------------------------------------------ answers
 
     @property
-    def layers(self) -> list[str]:
+    def observed_layers(self) -> list[str]:
         """Names of the observed layers, in the order of `named_modules()`."""
         return list(self._recorder.names)
+
+    @property
+    def layers(self) -> Any:
+        """The model's own attribute `layers`; where it has none, `observed_layers`."""
+        return self._yield("layers", lambda: self.observed_layers)
+
+    @property
+    def model(self) -> Any:
+        """The model's own attribute `model`; where it has none, `observed_model`."""
+        return self._yield("model", lambda: self.observed_model)
 
     @property
     def every(self) -> int:
@@ -123,9 +134,8 @@ class Wrapped(WithCodebooks, nn.Module):
         return self._told(trace, self._recorder.gradients.earlier, group, timeout)
 
     def _told(self, trace: Trace, earlier: Trace | None, group: ProcessGroup | None, timeout: float) -> Trace:
-        for name in trace.layers:
-            if self._replaced(name):
-                trace.unmeasured[name] = "another module took its place after wrapping; unwrap and wrap again"
+        for name in self._replaced():
+            trace.unmeasured[name] = "another module took its place after wrapping; unwrap and wrap again"
         if group is None:
             return trace if earlier is None else trace.after(earlier)
         with undisturbed():
@@ -140,15 +150,13 @@ class Wrapped(WithCodebooks, nn.Module):
         routes: Routes = self._recorder.routes()
         return routes
 
-    def _replaced(self, name: str) -> bool:
-        """Whether the module of this name is no longer the one that is observed (an adapter, say)."""
-        if name in self._recorder.unmeasured or not self._wrapped:
-            return False
-        try:
-            site = site_of(self._root.get_submodule(name))
-        except AttributeError:
-            return True
-        return site is None or site.recorder is not self._recorder
+    def _replaced(self) -> list[str]:
+        """Layers whose observed module has left the model: an adapter took its place, say."""
+        if not self._recorder.attached:
+            return []
+        sites = [site for _, module in named_layers(self._root) if (site := site_of(module)) is not None]
+        there = {site.name for site in sites if site.recorder is self._recorder}
+        return [name for name in self._recorder.names if name not in there and name not in self._recorder.unmeasured]
 
     def soulprint(self, *, group: ProcessGroup | None = None, timeout: float = 60.0) -> Soulprint:
         """The run as one vector; see `Trace.soulprint`, and `trace` for the arguments."""
@@ -163,8 +171,10 @@ class Wrapped(WithCodebooks, nn.Module):
             NoesisError: while paused, or when `every` leaves this forward out.
         """
         forwards, _ = self._recorder.forward_counts()
-        output = self.model(*args, **kwargs)
-        latest = self._recorder.trace(since=forwards)
+        run = self._recorder.meta["run"]
+        output = self.observed_model(*args, **kwargs)
+        fresh = self._recorder.meta["run"] != run  # a pipeline begins one at every call
+        latest = self._recorder.trace(since=0 if fresh else forwards)
         if not len(latest):
             raise WrongState(
                 "This forward was not observed", "a forward that is", "Leave paused(), or wrap with every=1"
@@ -265,91 +275,29 @@ class Wrapped(WithCodebooks, nn.Module):
             self._recorder.pauses -= 1
             self._recorder.pause(self._recorder.pauses > 0)
 
-    def unwrap(self) -> nn.Module:
-        """Give every module its class back; returns the model. What was recorded can still be read."""
-        self.__dict__["_wrapped"] = False
+    def unwrap(self) -> Any:
+        """Give every module its class back; returns the model, or the pipeline. What was recorded can still be read."""
         kept = [module for ref in self._recorder.observed if (module := ref()) is not None]
-        for module in [*self._root.modules(), *kept]:  # those too that have left the model since
-            site = site_of(module)
-            if site is not None and site.recorder is self._recorder and not restore(module):
-                logger.warning("{} was given another class after wrapping; it keeps it, unobserved", site.name)
-        rebind(self.model)
+        detach([*self._root.modules(), *kept], self._recorder.family)  # copies too, and what has left the model since
+        self._recorder.attached = False
+        rebind(self.observed_model)
         if self._pipeline is not None:
             self._pipeline.detach()
-        return self.model
+        return self.observed_model
 
-    # ------------------------------------------------------------ being the model
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        """The model's class: the Trainer of transformers, say, reads from it what forward takes and how to save."""
-        return type(self.__dict__.get("model", self))  # a copy that is being made has no model yet
-
-    @property
-    def forward(self) -> Any:  # type: ignore[override]
-        """The model's own, so that its signature shows."""
-        return self.model.forward
+    # ------------------------------------------------------------ being called
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
-        output = self.model(*args, **kwargs)
-        if self._wrapped and not torch.compiler.is_compiling():
+        """Run the model, or the pipeline."""
+        output = self.observed_model(*args, **kwargs)
+        if self._recorder.attached and not torch.compiler.is_compiling():
             self._recorder.returned()
         return output
-
-    def __getattr__(self, name: str) -> Any:
-        if "model" not in self.__dict__:  # a copy that is being made
-            raise AttributeError(name)
-        return getattr(self.__dict__["model"], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, MethodType) and value.__self__ is self:  # accelerate binds its autocast like this
-            value = MethodType(value.__func__, self.model)
-        if name == "every":
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self.model, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        delattr(self.model, name)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Wrapped:  # which the model may have one of its own of
-        made = memo[id(self)] = _empty()
-        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return made
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _empty, (), self.__dict__  # not by `__class__`, which is the model's
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*object.__dir__(self), *dir(self.model)})
 
     def __repr__(self) -> str:
         observed, total = len(self._recorder.names), sum(1 for _ in self._root.modules())
         name = type(self._root).__name__
         return f"Wrapped({name}: {observed} of {total} modules observed, {few(self._recorder.names)})"
-
-
-def _empty() -> Wrapped:
-    return object.__new__(Wrapped)
-
-
-def _delegate(name: str) -> Callable[..., Any]:
-    def method(self: Wrapped, *args: Any, **kwargs: Any) -> Any:
-        result = getattr(self.model, name)(*args, **kwargs)
-        return self if result is self.model else result
-
-    method.__name__ = name
-    return method
-
-
-# nn.Module's own methods would act on the container; all of them are the model's.
-for _name, _value in vars(nn.Module).items():
-    if inspect.isfunction(_value) and not _name.startswith("__") and _name not in vars(Wrapped):
-        setattr(Wrapped, _name, _delegate(_name))
 
 
 def check_numbers(**numbers: Any) -> None:
