@@ -127,6 +127,10 @@ class Observed:
         return reduced
 
 
+#: What LTX calls the batch that it has just put together, of one branch or of both: the pipeline tells which.
+BOTH = "cond_uncond"
+
+
 class ObservedDenoiser(Observed):
     """An observed denoiser whose pipeline names the guidance branch of each call."""
 
@@ -137,7 +141,7 @@ class ObservedDenoiser(Observed):
         before = None if site is None else site.recorder.branch
         with super().cache_context(name, *args, **kwargs) as context:  # type: ignore[misc]
             if site is not None:
-                site.recorder.set_branch(name)
+                site.recorder.set_branch(None if name == BOTH else name)
             try:
                 yield context
             finally:

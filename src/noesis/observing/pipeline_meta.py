@@ -24,20 +24,23 @@ def guidance_branch(pipe: Any, given: Mapping[str, Any], batch: int) -> str | No
     """Which guidance branches a forward with this batch holds, within a call of the pipeline.
 
     Returns:
-        `"cond"`, `"uncond+cond"` or `"cond+uncond"` (the order of the halves of the batch), or None
-        where that cannot be told, as with three branches or two calls per step.
+        Their names in the order of the parts of the batch, `"cond"`, `"uncond+cond"`, `"cond+perturbed"` (of
+        perturbed-attention guidance), or None where that cannot be told, as with a negative image or two calls per step.
     """
     guided = getattr(pipe, "do_classifier_free_guidance", None)
     if guided is None and isinstance(given.get("guidance_scale"), (int, float)):
         guided = given["guidance_scale"] > 1
     if guided is None or isinstance(guided, Tensor):  # a tensor would have to be waited for
         return None
-    if not guided:
-        return "cond"
+    names = ["uncond", "cond"] if guided else ["cond"]
+    if type(pipe).__name__.startswith(COND_FIRST):
+        names.reverse()
+    if getattr(pipe, "do_perturbed_attention_guidance", False) is True:
+        names.append("perturbed")
     images = _images(given)
-    if batch % 2 or (images is not None and batch != 2 * images):
+    if batch % len(names) or (images is not None and batch != len(names) * images):
         return None
-    return "cond+uncond" if type(pipe).__name__.startswith(COND_FIRST) else "uncond+cond"
+    return "+".join(names)
 
 
 def _images(given: Mapping[str, Any]) -> int | None:
@@ -75,6 +78,9 @@ def call_meta(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         "device": str(getattr(pipe, "_execution_device", None) or (parameter.device if parameter is not None else "")),
         "dtype": "" if parameter is None else str(parameter.dtype).removeprefix("torch."),
     }
+    configs = [config for module in denoisers.values() if (config := getattr(module, "_cache_config", None)) is not None]
+    if configs:  # rows of blocks that a cache leaves out are of what it returns in their place
+        known["cache"] = ", ".join(sorted({type(config).__name__.removesuffix("Config") for config in configs}))
     for package in ("diffusers", "transformers"):
         if package in sys.modules:
             known[f"{package}_version"] = sys.modules[package].__version__
