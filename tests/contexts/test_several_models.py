@@ -44,7 +44,8 @@ def test_averages_of_a_model(average: Any) -> None:
     seen.check(own.trace())
     own.unwrap()
     wrapped.unwrap()
-    assert not any(isinstance(module, noesis.Observed) for module in (*averaged.modules(), *wrapped.observed_model.modules()))
+    modules = [*averaged.modules(), *wrapped.observed_model.modules()]
+    assert not any(isinstance(module, noesis.Observed) for module in modules)
 
 
 def test_threads_that_have_a_copy_each() -> None:

@@ -17,9 +17,8 @@ import torch
 from torch import nn
 
 import noesis
+from helpers.checkout import ROOT
 from noesis.wrapping.proxy import YIELDING
-
-ROOT = Path(__file__).parents[2]
 
 
 class Stack(nn.Module):

@@ -25,7 +25,7 @@ def guidance_branch(pipe: Any, given: Mapping[str, Any], batch: int) -> str | No
 
     Returns:
         Their names in the order of the parts of the batch, `"cond"`, `"uncond+cond"`, `"cond+perturbed"` (of
-        perturbed-attention guidance), or None where that cannot be told, as with a negative image or two calls per step.
+        perturbed-attention guidance), or None where that cannot be told, as with a guiding image.
     """
     guided = getattr(pipe, "do_classifier_free_guidance", None)
     if guided is None and isinstance(given.get("guidance_scale"), (int, float)):
@@ -78,9 +78,9 @@ def call_meta(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         "device": str(getattr(pipe, "_execution_device", None) or (parameter.device if parameter is not None else "")),
         "dtype": "" if parameter is None else str(parameter.dtype).removeprefix("torch."),
     }
-    configs = [config for module in denoisers.values() if (config := getattr(module, "_cache_config", None)) is not None]
-    if configs:  # rows of blocks that a cache leaves out are of what it returns in their place
-        known["cache"] = ", ".join(sorted({type(config).__name__.removesuffix("Config") for config in configs}))
+    caches = {type(getattr(module, "_cache_config", None)).__name__ for module in denoisers.values()} - {"NoneType"}
+    if caches:  # rows of blocks that a cache leaves out are of what it returns in their place
+        known["cache"] = ", ".join(sorted(name.removesuffix("Config") for name in caches))
     for package in ("diffusers", "transformers"):
         if package in sys.modules:
             known[f"{package}_version"] = sys.modules[package].__version__
