@@ -32,6 +32,7 @@ PUBLIC = [
     "NoesisError",
     "NoesisWarning",
     "Observed",
+    "ParameterNorms",
     "Routes",
     "RunState",
     "Soulprint",

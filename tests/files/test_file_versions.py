@@ -92,6 +92,14 @@ def a_monitor() -> noesis.DriftMonitor:
     return monitor
 
 
+def a_weighing() -> noesis.ParameterNorms:
+    values, gradients, updates = np.arange(12.0).reshape(3, 2, 2)
+    updates[0] = np.nan
+    return noesis.ParameterNorms(
+        ["a.weight", "a.bias"], np.array([0, 1]), values, gradients, updates, {"a.bias": "a reason"}, {"run": "one"}
+    )
+
+
 def inputs() -> torch.Tensor:
     return torch.sin(torch.arange(900.0)).reshape(300, 3)
 
@@ -120,6 +128,7 @@ def write_all() -> None:
         a_routes().save(FILES / f"routes.{suffix}")
         a_surprise().save(FILES / f"surprise.{suffix}")
         a_monitor().save(FILES / f"drift_monitor.{suffix}")
+        a_weighing().save(FILES / f"parameter_norms.{suffix}")
     noesis.compare(trace.soulprint(3), trace.soulprint(5)).save(FILES / "comparison.json")
     some_activations().save(FILES / "activations.safetensors")
     some_deltas().save(FILES / "token_deltas.json")
@@ -201,3 +210,8 @@ def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(noesis.NoesisError, match="has format_version .* Expected a version from 1 to 3"):
             check_header({"format": "noesis.trace", "format_version": wrong}, "trace", "x")
     assert json.loads(a_trace().to_json())["format_version"] == 3
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "json"])
+def test_parameter_norms(suffix: str) -> None:
+    equal(a_weighing(), noesis.ParameterNorms.load(FILES / f"parameter_norms.{suffix}"))

@@ -90,7 +90,13 @@ def captured(names: list[str]) -> noesis.Activations:
     return noesis.Activations({**calls, "never ran": []})
 
 
-RESULTS = [traced, printed, compared, judged, surprised, routed, apart, captured]
+def weighed(names: list[str]) -> noesis.ParameterNorms:
+    values, gradients, updates = np.random.default_rng(4).random((3, 2, len(names)))
+    gradients[0], updates[:, 1], values[1, 0] = np.nan, np.nan, np.inf
+    return noesis.ParameterNorms(names, np.array([0, 1]), values, gradients, updates, {names[1]: "a reason"})
+
+
+RESULTS = [weighed, traced, printed, compared, judged, surprised, routed, apart, captured]
 
 
 # Files and JSON.

@@ -54,6 +54,11 @@ class Callback:
         if self.alarms is not None:
             self.alarms.check(step)
 
+    def weigh(self) -> None:
+        """Measure the parameters, if the model was wrapped for it."""
+        if self.wrapped._recorder.weights is not None:
+            self.wrapped.weigh()
+
     def pause(self) -> None:
         """Look away, until `resume`."""
         if self._paused is None:

@@ -66,14 +66,22 @@ class NoesisCallback(Callback):
         """Go on observing after an evaluation."""
         self.resume()
 
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Weigh the parameters while their gradients are there, if this step is one to log."""
+        if self._due(state.global_step + 1, state):
+            self.weigh()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log and look for alarms, if it is time to."""
-        if state.global_step % max(1, int(self.every or state.logging_steps)) == 0:
+        if self._due(state.global_step, state):
             target = self.target
             if target is None or self.reports(target):
                 target = _Log(target, state, control)
             self.look(target if state.is_world_process_zero else None, state.global_step)
         self.on_epoch_end(args, state, control)
+
+    def _due(self, step: int, state: Any) -> bool:
+        return step % max(1, int(self.every or state.logging_steps)) == 0
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look away if an evaluation follows."""

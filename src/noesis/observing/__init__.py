@@ -6,6 +6,7 @@ from .gradients import GradientRecorder
 from .observed import Observed, plain, site_of
 from .pipelines import Pipeline
 from .recorder import Recorder
+from .weights import Weights
 
 __all__ = [
     "Channels",
@@ -13,6 +14,7 @@ __all__ = [
     "Observed",
     "Pipeline",
     "Recorder",
+    "Weights",
     "detach",
     "observe",
     "plain",

@@ -81,12 +81,13 @@ class Recorder:
         self.scorer: Scorer | None = None  # what makes scores of it
         self.earlier: Trace | None = None  # the totals of the run before it was resumed
         self.gradients: Recorder | None = None  # of gradients, whose steps begin with these
+        self.weights: Any = None  # a Weights: what is measured of parameters
         self.off_record: dict[torch.device, Tensor] | None = (
             None  # a control block per device, where forwards leave no mark
         )
         self.forwards_off_the_record = 0
         self.attached = True  # until its modules have their classes back
-        self.family = uuid.uuid4().hex  # that copies share, so that those in the model are unwrapped with it
+        self.family = uuid.uuid4().hex  # that copies share, to be unwrapped together
         self.evidence = Evidence()
         self._listen()
 
@@ -320,6 +321,8 @@ class Recorder:
         self.branch = None
         if self.gradients is not None:
             self.gradients.reset(meta)
+        if self.weights is not None:
+            self.weights.reset()
         self.earlier = None
         self.given = meta
         self.meta = {"run": uuid.uuid4().hex[:12], **self.base_meta, **meta}

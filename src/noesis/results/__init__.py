@@ -6,6 +6,7 @@ from .comparison import Comparison, compare
 from .divergence import Divergence
 from .loading import load_run, load_runs
 from .named_scalars import STATS, scalars, under
+from .parameter_norms import ParameterNorms
 from .routes import Routes
 from .saved import Saved
 from .soulprint import Soulprint
@@ -24,6 +25,7 @@ __all__ = [
     "Comparison",
     "Divergence",
     "LayerSurprise",
+    "ParameterNorms",
     "Reason",
     "Routes",
     "Saved",

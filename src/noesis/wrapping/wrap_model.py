@@ -14,7 +14,7 @@ from .._version import __version__
 from ..errors import BadType, BadValue, WrongState
 from ..internals import inside, rebind
 from ..layers import Layers, find_routers, select
-from ..observing import Channels, GradientRecorder, Recorder, observe, site_of
+from ..observing import Channels, GradientRecorder, Recorder, Weights, observe, site_of
 from ..results import ALWAYS, OPTIONAL
 from ..surprise import Codebook, Scorer
 from .with_codebooks import check_codebook, logits_module
@@ -36,6 +36,7 @@ def wrap(
     every: int = 1,
     capacity: int = 256,
     gradients: bool = False,
+    parameters: bool = False,
     codebook: Codebook | None = None,
     logits: str | Callable[[Any], Any] | None = None,
     output: Callable[[Any], Any] | None = None,
@@ -55,6 +56,7 @@ def wrap(
         every: observe every n-th forward; `wrapped.every` changes it later.
         capacity: steps the ring holds; totals and soulprint cover the whole run regardless.
         gradients: keep a row for the gradient by each layer's output too, see `wrapped.gradients()`; in eager code.
+        parameters: have `wrapped.weigh()` measure all parameters, their gradients and their updates, see there.
         codebook: have layers keep what `calibrate`, `surprise` and `coding_loss` need.
         logits: the module whose output are the logits, by name, or a callable from the model's output to them;
             how unsure they are then counts towards surprise.
@@ -83,8 +85,9 @@ def wrap(
     check_codebook(codebook, logits)
     if output is not None and not callable(output):
         raise BadType(f"output={output!r}", "a callable from a layer's output to a tensor", "Leave output out")
-    if not isinstance(gradients, bool):
-        raise BadType(f"gradients={gradients!r}", "True or False", "Leave gradients out for none")
+    for name, value in (("gradients", gradients), ("parameters", parameters)):
+        if not isinstance(value, bool):
+            raise BadType(f"{name}={value!r}", "True or False", f"Leave {name} out for none")
     samples = FIRST_SAMPLES if per_sample is True else per_sample
     check_numbers(every=every, capacity=capacity, per_sample=1 if samples is False else samples)
     called, root, roots, pipeline = resolve(model)
@@ -96,6 +99,7 @@ def wrap(
         "every": every,
         "capacity": capacity,
         "gradients": gradients,
+        "parameters": parameters,
         "codebook": codebook,
         "logits": logits,
         "output": output,
@@ -108,6 +112,8 @@ def wrap(
     recorder = Recorder(names, device, **given, settings=settings)
     if gradients:
         recorder.gradients = GradientRecorder(names, device, **given, settings={})
+    if parameters:
+        recorder.weights = Weights(dict(root.named_parameters()), device, capacity)
     recorder.count_routes(find_routers(root, chosen))
     if codebook is not None:
         recorder.channels = Channels(codebook, logits if callable(logits) else None)

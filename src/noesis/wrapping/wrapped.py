@@ -15,8 +15,8 @@ from ..errors import BadValue, NoesisError, WrongState
 from ..files import writer
 from ..internals import compiled, rebind, undisturbed
 from ..layers import named_layers
-from ..observing import Recorder, detach, site_of
-from ..results import STATS, Routes, Soulprint, Trace, scalars, under
+from ..observing import Recorder, Weights, detach, site_of
+from ..results import STATS, ParameterNorms, Routes, Soulprint, Trace, scalars, under
 from .with_codebooks import WithCodebooks
 
 if TYPE_CHECKING:
@@ -133,6 +133,36 @@ class Wrapped(WithCodebooks, nn.Module):  # type: ignore[override]  # forward is
                 trace.unmeasured[name] = "no gradient that eager code gave: compiled code gives none"
         return self._told(trace, self._recorder.gradients.earlier, group, timeout)
 
+    def weigh(self) -> None:
+        """Measure all parameters, their gradients and their updates, with `wrap(..., parameters=True)`.
+
+        An update is the difference to the weighing before, of which a copy of the trainable parameters is kept on
+        their device. In a training loop the place is after `optimiser.step()` and before `zero_grad()`. Nothing waits
+        for the device; of parameters that are sharded (FSDP2) each rank measures its part.
+
+        Raises:
+            NoesisError: without `parameters=True`.
+        """
+        weights = self._weights()
+        if not self._recorder.paused:
+            weights.weigh(dict(self._root.named_parameters()), self._recorder.forwards)
+
+    def parameter_norms(self) -> ParameterNorms:
+        """Norms of parameters and gradients, and update-to-weight ratios, at the times of this run that were weighed.
+
+        Raises:
+            NoesisError: without `parameters=True`.
+        """
+        return self._weights().norms(self._recorder.meta)
+
+    def _weights(self) -> Weights:
+        weights = self._recorder.weights
+        if not isinstance(weights, Weights):
+            raise WrongState(
+                "Parameters are not measured", "a model that is wrapped for it", "wrap(..., parameters=True)"
+            )
+        return weights
+
     def _told(self, trace: Trace, earlier: Trace | None, group: ProcessGroup | None, timeout: float) -> Trace:
         for name in self._replaced():
             trace.unmeasured[name] = "another module took its place after wrapping; unwrap and wrap again"
@@ -233,6 +263,10 @@ class Wrapped(WithCodebooks, nn.Module):  # type: ignore[override]  # forward is
             gradients = self._latest(self._recorder.gradients, forwards)
             if len(gradients) and gradients.calls.any():
                 found |= under("gradients", scalars(gradients, layers=layers, stats=stats))
+        if isinstance(weights := self._recorder.weights, Weights):
+            if weights.weighed_at != self._recorder.forwards:
+                self.weigh()
+            found |= self.parameter_norms().scalars(layers)
         write(found, forwards - 1 if step is None else step)
         return found
 
