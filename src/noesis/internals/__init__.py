@@ -9,6 +9,7 @@ from .autograd import node_count, node_number, picklable_hook, recomputing
 from .calls import CALL, CALL_IMPL, called_as_any
 from .compiling import LISTENERS, compiled, foreign, inside, rebind, stays, traced_for_export
 from .cuda import current_device, raw_stream
+from .frames import inlined, passed_over, untraced
 from .libraries import capture_declarations, device_kinds, register_block, rendezvous, stream_index
 from .modes import disturbed, undisturbed
 from .tensors import local_part, storageless, traced_by_fx, traced_by_jit
@@ -24,10 +25,12 @@ __all__ = [
     "device_kinds",
     "disturbed",
     "foreign",
+    "inlined",
     "inside",
     "local_part",
     "node_count",
     "node_number",
+    "passed_over",
     "picklable_hook",
     "raw_stream",
     "rebind",
@@ -41,4 +44,5 @@ __all__ = [
     "traced_by_jit",
     "traced_for_export",
     "undisturbed",
+    "untraced",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn import Module
 
+from .frames import dynamo_at_work
 from .lookup import attribute
 
 # ---------------------------------------------------------------- what torch.compile returns
@@ -74,6 +75,7 @@ def traced_for_export(key: str) -> bool:
     if is_dynamo_compiling():  # traced after all
         return False
     exporting = _exporting()
+    dynamo_at_work()
     _mark_early()
     listener = LISTENERS.get(key)
     if listener is not None:

@@ -23,7 +23,7 @@ from torch.nn import Module
 from torch.nn.modules import module
 
 from ..errors import BadType, WrongState
-from ..internals import CALL, CALL_IMPL, recomputing, register_block, traced_by_jit, traced_for_export
+from ..internals import CALL, CALL_IMPL, passed_over, recomputing, register_block, traced_by_jit, traced_for_export
 from .site import Site
 from .switch import NEVER
 
@@ -52,6 +52,7 @@ class Observed:
         if _GENERATED not in cls.__dict__:
             super().__init_subclass__(**kwargs)
 
+    @passed_over
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: PLR0912  whatever it called would cost a call
         """Call the module, and look at what it returns."""
         this: Any = self

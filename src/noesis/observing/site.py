@@ -8,7 +8,17 @@ from typing import Any
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..internals import disturbed, foreign, picklable_hook, recomputing, traced_by_fx, traced_by_jit, undisturbed
+from ..internals import (
+    disturbed,
+    foreign,
+    inlined,
+    picklable_hook,
+    recomputing,
+    traced_by_fx,
+    traced_by_jit,
+    undisturbed,
+    untraced,
+)
 from ..layers import (
     Router,
     batch_of,
@@ -48,6 +58,7 @@ class Site:
         self.head: Channel | None = None  # that keeps what the module of the logits is given
         self.mask: int | None = None  # position of the mask among the root's arguments
 
+    @inlined
     def skips(self) -> bool:
         """Whether this call is none of ours; compiled code asks the device instead.
 
@@ -63,6 +74,7 @@ class Site:
             recorder.evidence.passed_by("recomputed" if recomputing() else "traced by torch.jit, torch.fx or an export")
         return True
 
+    @inlined
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward of the root starts: find its timestep and its batch."""
         timestep = None
@@ -80,6 +92,7 @@ class Site:
             with undisturbed():
                 self.recorder.begin(timestep, batch_of(args, kwargs))
 
+    @inlined
     def end(self) -> None:
         """The forward of the root is over."""
         if is_compiling() or not disturbed():
@@ -92,6 +105,7 @@ class Site:
         """What is to be measured of an output."""
         return hidden_state(output, self.stream) if self.pick is None else self.pick(output)
 
+    @untraced
     def observe(self, output: Any) -> None:
         """Look at what the module returned."""
         try:
@@ -135,6 +149,7 @@ class Site:
         if mark.step == NOWHERE:
             return
 
+        @inlined
         def take(gradient: Tensor | None) -> None:  # which must not keep `x` alive
             # Compiled autograd traces hooks; and a node may pass on no gradient at all.
             if gradient is not None and not is_compiling():
@@ -159,6 +174,7 @@ class Site:
         except Exception as error:  # whatever a gradient may be, training goes on
             gradients.unmeasured[self.name] = f"{type(error).__name__}: {error}"
 
+    @inlined
     def recompute(self, output: Any) -> None:
         """What is recomputed in a backward pass was observed before, but may get its gradients only now."""
         if self.gradients is None or not recomputing():
@@ -175,6 +191,7 @@ class Site:
         except Exception as error:  # whatever an output may be, training goes on
             self.gradients.unmeasured[self.name] = f"{type(error).__name__}: {error}"
 
+    @inlined
     def read(self, head: Channel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep what the module of the logits is given."""
         x = hidden_state((*args, *kwargs.values()))

@@ -1,0 +1,109 @@
+"""Functions that Dynamo is not to compile by themselves.
+
+Where a graph breaks, Dynamo runs the rest in Python and compiles each function that is called there. Of one that measures
+tensors on the host it would make graphs that keep the numbers of the forward they were made in.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch.compiler import is_dynamo_compiling
+
+from .lookup import look_up
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_SLOWER = "Dynamo is kept off by torch.compiler.disable, which costs a microsecond a call once models are compiled"
+_action = look_up(
+    "torch._C:_dynamo.eval_frame._FrameAction",
+    fits=lambda action: (action.SKIP.name, action.DEFAULT.name) == ("SKIP", "DEFAULT"),
+    instead=_SLOWER,
+)
+_strategy = look_up(
+    "torch._C:_dynamo.eval_frame._FrameExecStrategy",
+    fits=lambda strategy: strategy(_action.SKIP, _action.DEFAULT).cur_action == _action.SKIP,
+    instead=_SLOWER,
+)
+#: What Dynamo does with a frame, and with those that it calls; torch 2.6 can only skip the frame itself.
+_ALONE = () if _strategy is None else (_strategy(_action.SKIP, _action.DEFAULT),)
+_WITH_ALL_BELOW = () if _strategy is None else (_strategy(_action.SKIP, _action.SKIP),)
+_leave = look_up(
+    "torch._C:_dynamo.eval_frame.set_code_exec_strategy",
+    "torch._C:_dynamo.eval_frame.skip_code",
+    fits=lambda leave: leave((lambda: None).__code__, *_ALONE) is None,
+    instead=_SLOWER,
+)
+_at_work = False
+
+
+def dynamo_at_work() -> None:
+    """Dynamo has begun to compile what noesis observes."""
+    global _at_work  # noqa: PLW0603  one of the process
+    _at_work = True
+
+
+def passed_over(function: F) -> F:
+    """Have Dynamo treat a function as it does torch's `Module.__call__`: inlined, or called in Python, never compiled alone.
+
+    Example:
+        >>> import torch
+        >>> from noesis.internals import passed_over
+        >>> @passed_over
+        ... def compiled(inside):
+        ...     return torch.compiler.is_compiling(), inside()
+        >>> torch.compile(compiled, backend="eager")(lambda: torch.compiler.is_compiling())
+        (False, True)
+    """
+    if _leave is not None:
+        _leave(function.__code__, *_ALONE)
+    return function
+
+
+def inlined(function: F) -> F:
+    """Have Dynamo compile a function only within what calls it, and what it calls likewise.
+
+    Example:
+        >>> import torch
+        >>> from noesis.internals import inlined
+        >>> @inlined
+        ... def compiled():
+        ...     return torch.compiler.is_compiling()
+        >>> torch.compile(lambda: compiled(), backend="eager", fullgraph=True)(), torch.compile(compiled, backend="eager")()
+        (True, False)
+    """
+    return _left_alone(function, inline=True)
+
+
+def untraced(function: F) -> F:
+    """Have Dynamo compile neither a function nor what it calls: compiled code breaks there, and calls it in Python.
+
+    Example:
+        >>> import torch
+        >>> from noesis.internals import untraced
+        >>> @untraced
+        ... def compiled():
+        ...     return torch.compiler.is_compiling()
+        >>> torch.compile(lambda: compiled(), backend="eager")()
+        False
+    """
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return _left_alone(function, inline=False)
+
+
+def _left_alone(function: F, *, inline: bool) -> F:
+    if _leave is not None and _WITH_ALL_BELOW:
+        _leave(function.__code__, *_WITH_ALL_BELOW)
+        return function
+    disabled = functools.cache(lambda: torch.compiler.disable(function))  # late, since it imports Dynamo
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if inline and is_dynamo_compiling():
+            return function(*args, **kwargs)
+        return disabled()(*args, **kwargs) if _at_work else function(*args, **kwargs)
+
+    return passed_over(call)  # type: ignore[return-value]
