@@ -7,7 +7,19 @@ What has to hold for a name is checked where it is looked up; `tests/internals` 
 
 from .autograd import node_count, node_number, picklable_hook, recomputing
 from .calls import CALL, CALL_IMPL, called_as_any
-from .compiling import LISTENERS, compiled, foreign, inside, rebind, stays, traced_for_export
+from .compiling import (
+    LISTENERS,
+    compiled,
+    emitted,
+    emitting,
+    foreign,
+    inside,
+    rebind,
+    set_size,
+    size_of,
+    stays,
+    traced_for_export,
+)
 from .cuda import current_device, raw_stream
 from .frames import inlined, passed_over, untraced
 from .libraries import capture_declarations, device_kinds, register_block, rendezvous, stream_index
@@ -24,6 +36,8 @@ __all__ = [
     "current_device",
     "device_kinds",
     "disturbed",
+    "emitted",
+    "emitting",
     "foreign",
     "inlined",
     "inside",
@@ -37,6 +51,8 @@ __all__ = [
     "recomputing",
     "register_block",
     "rendezvous",
+    "set_size",
+    "size_of",
     "stays",
     "storageless",
     "stream_index",

@@ -85,6 +85,22 @@ def traced_for_export(key: str) -> bool:
 
 traced_for_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
+_emitted = 0
+
+
+def emitting() -> None:
+    """Compiled code measures a tensor: called while Dynamo traces it, as above."""
+    global _emitted  # noqa: PLW0603  one of the process
+    _emitted += 1
+
+
+emitting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def emitted() -> int:
+    """How often that was traced."""
+    return _emitted
+
 
 def _exporting() -> bool:
     ask = attribute(torch.compiler, "is_exporting")  # torch 2.7, which does not say so of strict exports
@@ -109,7 +125,12 @@ _EARLY: list[weakref.ref[Tensor]] = []
 
 
 def stays(tensor: Tensor) -> Tensor:
-    """Tell compiled code that a tensor stays where it is, so that CUDA graphs write to it and do not copy it."""
+    """Tell compiled code that a tensor stays where it is, and as large.
+
+    So CUDA graphs write to it and do not copy it, and `dynamic=True` takes none of its sizes for that of a batch which
+    happens to be the same, to compile once more for the next batch.
+    """
+    tensor._dynamo_static_indices = set(range(tensor.dim()))  # type: ignore[attr-defined]  # see Dynamo's mark_static
     mark = _mark()
     if mark is None:
         tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
@@ -134,3 +155,31 @@ def _mark_early() -> None:
             if tensor is not None:
                 mark(tensor, guard=False)
         _EARLY.clear()
+
+
+# ---------------------------------------------------------------- numbers that change from call to call
+
+
+class _Sizes:
+    """Tensors of no elements, by keys.
+
+    Compiled code takes a number that an object holds for a constant, and the size of a tensor for a variable, unless it
+    comes upon it by way of a module of torch.nn: so they are kept here.
+    """
+
+
+_SIZES = _Sizes()
+
+
+def set_size(key: str, size: int | None, device: torch.device) -> None:
+    """Keep a size for compiled code to read, or none."""
+    if size is None:
+        _SIZES.__dict__.pop(key, None)
+    else:
+        setattr(_SIZES, key, torch.empty(size, 0, device=device))
+
+
+def size_of(key: str) -> int | None:
+    """The size that was kept; in compiled code a variable."""
+    kept = getattr(_SIZES, key, None)
+    return None if kept is None else kept.shape[0]

@@ -12,6 +12,7 @@ from ..errors import NoesisWarning
 class Evidence:
     """Forwards of a run that the host heard of, in other ways than by the marks they leave."""
 
+    emitted: bool = False  # whether Dynamo compiled layers within a forward that the host began
     compiled_at: int | None = None  # eager forwards by the time that Dynamo last traced the model to run it
     passed: dict[str, int] = field(default_factory=dict)  # forwards that were none of ours, by reason
     calls: int = 0  # of the container
@@ -20,24 +21,27 @@ class Evidence:
 
     def afresh(self) -> Evidence:
         """That of the next run."""
-        return Evidence(unreached=self.unreached)
+        return Evidence(emitted=self.emitted, unreached=self.unreached)
 
     def passed_by(self, why: str) -> None:
         """A forward of the root was none of ours."""
         self.passed[why] = self.passed.get(why, 0) + 1
 
-    def left_no_mark(self, forwards: int, eager: int) -> str | None:
+    def left_no_mark(self, forwards: int, eager: int, measured: bool) -> str | None:
         """Why forwards that must have been are not among those that the device has counted.
 
         Args:
             forwards: that the device has counted.
             eager: those of them that the host began.
+            measured: whether any layer has a row.
 
         Returns:
             A reason, or None where nothing is amiss.
         """
         if self.compiled_at == eager == forwards:  # neither eager nor compiled forwards since
             return "the model was compiled, and no forward of what was made of it left a mark"
+        if self.emitted and forwards and not measured:
+            return "layers were compiled, and none of them left a mark"
         if forwards == 0 and self.passed:
             told = ", ".join(f"{times} {what}" for what, times in self.passed.items())
             return f"forwards of the model were left out ({told})"

@@ -86,6 +86,8 @@ class Observed:
             return type(self).__call__(self, *args, **kwargs)
         site = self._noesis
         if site is None or (traced_for_export(site.recorder.key if site.root else "") if compiling else site.skips()):
+            if site is not None and site.root and not compiling:
+                site.passes(args, kwargs)
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
             if site is not None and site.gradients is not None and not compiling:
                 site.recompute(output)

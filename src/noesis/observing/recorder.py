@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NoesisError, WrongState
-from ..internals import LISTENERS, stays, undisturbed
+from ..internals import LISTENERS, emitted, emitting, set_size, size_of, stays, undisturbed
 from ..kernels import layout, rows
 from ..kernels.layout import CONTROL, EVERY, FOLD, FOLDED, FORWARDS, OBSERVED
 from ..kernels.stepping import Clock, add_steps, merge_totals, with_whole
@@ -66,6 +66,7 @@ class Recorder:
         self.switch = Switch()
         self.on_device = False  # whether forwards may run that the host does not see: compiled, or in a CUDA graph
         self.batch: int | None = None  # of the forward that is running; None between forwards
+        self.emitted = 0  # what Dynamo had traced when the forward began
         self.branches: list[str] = []
         self.branch: str | None = None
         self.unmeasured: dict[str, str] = {}
@@ -111,8 +112,7 @@ class Recorder:
 
     def begin(self, timestep: Tensor | float | None, batch: int) -> None:
         """A forward of the root starts."""
-        if self.per_sample or self.routers or self.channels is not None:
-            self.batch = batch
+        self.size(batch)
         if self.off_record is not None:
             self.forwards_off_the_record += 1
             return
@@ -123,6 +123,7 @@ class Recorder:
             now, capturing = perf_counter(), self.capturing()
             self.skipping = self._leaves_out(capturing)
             self._settle()
+            self.emitted = emitted()
         name = self.branch
         if name is None and not compiling and self.branch_of is not None:
             name = self.branch_of(batch)
@@ -142,13 +143,25 @@ class Recorder:
             if self.gradients is not None:
                 self.gradients.begin(None, batch)
 
+    def size(self, batch: int | None) -> None:
+        """Say how many samples the forward has that is running; None when there is none."""
+        if self.per_sample or self.routers or self.channels is not None:
+            self.batch = batch
+            if not torch.compiler.is_compiling():
+                set_size(self.key, batch, self.banks[0].device)
+
+    def _batch(self) -> int | None:
+        """The samples of the forward that is running, which eager code may have begun and compiled code be part of."""
+        begun = size_of(self.key) if torch.compiler.is_compiling() else None
+        return self.batch if begun is None else begun
+
     def end(self) -> None:
         """A forward of the root is over."""
         if not torch.compiler.is_compiling():
             self.skipping = False
             self._settle()
-        if self.per_sample or self.routers or self.channels is not None:
-            self.batch = None
+            self.evidence.emitted |= self.emitted != emitted()
+        self.size(None)
         if self.off_record is not None:
             return
         for bank in self.banks:
@@ -168,17 +181,19 @@ class Recorder:
         position = self._position(x.device)
         bank = self.banks[position]
         samples = self._samples(x, bank) if self.per_sample else 0
+        emitting()
         bank.emit(x, places[position], samples, self.count_zeros)
 
     def keep(self, channel: Channel, x: Tensor) -> None:
         """Keep the vectors of `x` for `surprise`; calls between forwards belong to none."""
-        if self.batch is None:
+        batch = self._batch()
+        if batch is None:
             return
         if torch.compiler.is_compiling():
-            channel.emit(x, self.batch, self.bank(x.device).control)
+            channel.emit(x, batch, self.bank(x.device).control)
             return
         try:
-            channel.observe(x, self.batch, self._control(x.device))
+            channel.observe(x, batch, self._control(x.device))
         except NoesisError as error:
             channel.drop(str(error))
         except Exception as error:  # whatever an output may be, the model goes on
@@ -197,7 +212,7 @@ class Recorder:
         """Count where a router sent its tokens."""
         bank = self.bank(logits.device)
         if bank.routes is not None:
-            bank.routes.observe(logits, indices, self.batch or 0, router, bank.control)
+            bank.routes.observe(logits, indices, self._batch() or 0, router, bank.control)
 
     def bank(self, device: torch.device) -> Bank:
         """The bank of a device, made when the first layer runs there."""
@@ -234,7 +249,7 @@ class Recorder:
     def _samples(self, x: Tensor, bank: Bank) -> int:
         """How many samples `x` can be told apart into; 0 when its first dimension is not of the batch."""
         length = x.shape[0] if x.dim() else 0
-        batch = self.batch or length
+        batch = self._batch() or length
         if not length or length % batch:
             return 0
         if batch > bank.samples and not torch.compiler.is_compiling() and self._may_grow(bank):
@@ -243,7 +258,11 @@ class Recorder:
 
     def _may_grow(self, bank: Bank) -> bool:
         """Whether the slab may move: not under a CUDA graph, which writes to where it was."""
-        return not (bank.device.type == "cuda" and (self.on_device or self.capturing()))
+        return not (bank.device.type == "cuda" and (self.runs_compiled() or self.capturing()))
+
+    def runs_compiled(self) -> bool:
+        """Whether compiled code measures layers, as far as is known."""
+        return self.on_device or self.evidence.emitted
 
     def capturing(self) -> bool:
         """Whether a CUDA graph is being captured, which runs again without the host."""
@@ -268,6 +287,7 @@ class Recorder:
         if paused == self.paused:
             return
         self.paused = self.clock.paused = paused
+        self.size(None)
         self._settle()
         with undisturbed():
             for bank in self.banks:
@@ -291,7 +311,8 @@ class Recorder:
                 self.channels.forget()  # forwards are counted anew, and are none of those before
             yield
         finally:
-            self.off_record, self.batch = before, None
+            self.off_record = before
+            self.size(None)
             self._settle()
             if self.channels is not None:
                 self.channels.forget()
@@ -396,7 +417,8 @@ class Recorder:
     def trace(self, since: int | None = None) -> Trace:
         """What is known, as a trace, or of forward `since` and later ones alone, which reads no more than these."""
         reading, stats = self.read(since), self.stats
-        lost = self.evidence.left_no_mark(reading.forwards, self.forwards)
+        measured = since is not None or bool(reading.totals[..., layout.CALLS].any())
+        lost = self.evidence.left_no_mark(reading.forwards, self.forwards, measured)
         if lost is not None:
             self.evidence.say(lost)
 

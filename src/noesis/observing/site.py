@@ -92,6 +92,13 @@ class Site:
             with undisturbed():
                 self.recorder.begin(timestep, batch_of(args, kwargs))
 
+    @untraced
+    def passes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward of the root is none of ours, but compiled code inside is the same, and asks for the batch."""
+        if self.recorder.paused and not traced_by_jit():
+            with undisturbed():
+                self.recorder.size(batch_of(args, kwargs))
+
     @inlined
     def end(self) -> None:
         """The forward of the root is over."""

@@ -129,8 +129,14 @@ class Wrapped(WithCodebooks, nn.Module):  # type: ignore[override]  # forward is
         for name in trace.never_ran:
             if name in self._recorder.unmeasured:
                 trace.unmeasured[name] = self._recorder.unmeasured[name]
-            elif self._recorder.on_device or name.startswith(tuple(names)):
+            elif self._recorder.runs_compiled() or name.startswith(tuple(names)):
                 trace.unmeasured[name] = "no gradient that eager code gave: compiled code gives none"
+        if self._recorder.runs_compiled():
+            calls = dict(zip(trace.layers, self._recorder.trace().calls.sum(0).tolist(), strict=True))
+            for name, given in zip(trace.layers, trace.calls.sum(0).tolist(), strict=True):
+                if 0 < given < calls[name]:
+                    why = f"{given} gradients of {calls[name]} calls: compiled code gives none"
+                    trace.unmeasured.setdefault(name, why)
         return self._told(trace, self._recorder.gradients.earlier, group, timeout)
 
     def weigh(self) -> None:
