@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import noesis
 from noesis.errors import BadType, BadValue
 from noesis.wrapping import Alarm, AlarmRaised, Alarms
-from noesis.wrapping.alarms import PATIENCE, WARM_UP
+from noesis.wrapping.condition import PATIENCE, WARM_UP
 
 
 def classifier() -> nn.Sequential:
@@ -111,7 +111,7 @@ class Watch:
 def test_healthy_training_raises_none(network: Callable[[], nn.Module], optimizer: Any, seed: int) -> None:
     torch.manual_seed(seed)
     model = network()
-    wrapped = noesis.wrap(model, layers="all", stats=["zeros"])
+    wrapped = noesis.wrap(model, layers="all", stats=["zeros"], gradients=True)
     watch = Watch(wrapped, every=10)
     losses = train(wrapped, optimizer(model), 300, watch, seed)
     assert watch.alarms.check() == []

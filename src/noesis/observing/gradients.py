@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ..errors import WrongState
@@ -40,6 +41,10 @@ class GradientRecorder(Recorder):
         self.run = 0  # resets so far
         self.begun = 0  # observed steps of the run
         self.aim = 0  # the step that rows go to
+        self.turns = 0  # how often rows began to go to another step
+        capacity = self.banks[0].capacity
+        self.latest_turn = np.zeros(capacity, np.int64)  # of each step in the ring
+        self.numbers = np.zeros(capacity, np.int64)  # of the forwards that these steps are
         # Numbers that autograd had given its nodes by the end of each forward, and the mark of those before it.
         self.ends: deque[tuple[int, Mark]] = deque(maxlen=REMEMBERED)
         self.recomputed = Mark(0, 0, None)  # of the latest recomputation
@@ -53,7 +58,21 @@ class GradientRecorder(Recorder):
             self.aim = NOWHERE
         else:
             self.begun += 1
-            self.aim = self.begun
+            self.numbers[(self.begun - 1) % len(self.numbers)] = self.forwards - 1
+            self._turn_to(self.begun)
+
+    def _turn_to(self, step: int) -> None:
+        """Rows go to this step from now on."""
+        self.aim = step
+        self.turns += 1
+        if step:
+            self.latest_turn[(step - 1) % len(self.latest_turn)] = self.turns
+
+    def earliest_since(self, turn: int) -> int | None:
+        """Number of the earliest forward in the ring that rows may have gone to since a turn; None if there is none."""
+        held = min(self.begun, len(self.numbers))
+        numbers = self.numbers[:held][self.latest_turn[:held] >= turn]
+        return int(numbers.min()) if len(numbers) else None
 
     def end(self) -> None:
         """A forward of the root is over; its step stays open, since its gradients come later."""
@@ -71,6 +90,7 @@ class GradientRecorder(Recorder):
         super().reset(meta)
         self.ends.append((node_count(), Mark(self.run, NOWHERE, None)))
         self.run, self.begun, self.aim = self.run + 1, 0, 0
+        self.latest_turn.fill(0)
 
     def mark(self) -> Mark:
         """The forward that is running."""
@@ -105,6 +125,6 @@ class GradientRecorder(Recorder):
             for bank in self.banks:
                 bank.control[SLOT] = (mark.step - 1) % bank.capacity if mark.step else bank.capacity
                 bank.control[ACTIVE] = bank.control[ENABLED]
-            self.aim = mark.step
+            self._turn_to(mark.step)
         self.batch = mark.batch
         self.observe(gradient, index, self.places[index])
