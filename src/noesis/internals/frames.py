@@ -1,7 +1,7 @@
 """Functions that Dynamo is not to compile by themselves.
 
-Where a graph breaks, Dynamo runs the rest in Python and compiles each function that is called there. Of one that measures
-tensors on the host it would make graphs that keep the numbers of the forward they were made in.
+Where a graph breaks, Dynamo runs the rest in Python and compiles each function that is called there. Of one that
+measures tensors on the host it would make graphs that keep the numbers of the forward they were made in.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def dynamo_at_work() -> None:
 
 
 def passed_over(function: F) -> F:
-    """Have Dynamo treat a function as it does torch's `Module.__call__`: inlined, or called in Python, never compiled alone.
+    """Have Dynamo treat a function as torch's `Module.__call__`: inlined, or called in Python, never compiled alone.
 
     Example:
         >>> import torch
@@ -72,7 +72,8 @@ def inlined(function: F) -> F:
         >>> @inlined
         ... def compiled():
         ...     return torch.compiler.is_compiling()
-        >>> torch.compile(lambda: compiled(), backend="eager", fullgraph=True)(), torch.compile(compiled, backend="eager")()
+        >>> inlined = torch.compile(lambda: compiled(), backend="eager", fullgraph=True)
+        >>> inlined(), torch.compile(compiled, backend="eager")()
         (True, False)
     """
     return _left_alone(function, inline=True)
