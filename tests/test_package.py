@@ -294,8 +294,7 @@ MOST_LINES = 400
 #: Files that are longer, and by how much they may be: these can only shrink.
 LONGER = {
     "kernels/moments/_triton.py": 486,
-    "observing/recorder.py": 424,
-    "results/trace.py": 428,
+    "observing/recorder.py": 421,
 }
 
 

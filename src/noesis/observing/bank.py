@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,17 +35,6 @@ from .route_bank import RouteBank
 #: Steps that the CPU adds to the totals at a time once the ring is full, and rows, which bound the scratch memory.
 LARGEST_FOLD = 64
 FOLDED_ROWS = 1 << 14
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Everything a recorder knows, on the host."""
-
-    steps: Floats  # [steps, KNOWN]
-    rows: Floats  # [steps, 1 + samples, layers, FIELDS]; entry 0 is the whole, not the remainder
-    totals: Floats  # [1 + samples, layers, TOTALS], over all steps of the run
-    dropped: int  # steps the ring no longer holds
-    forwards: int  # that have begun
 
 
 class Bank:

@@ -20,16 +20,16 @@ from torch import Tensor, nn
 
 from ..errors import NoesisError, WrongState
 from ..internals import LISTENERS, emitted, emitting, set_size, size_of, stays, undisturbed
-from ..kernels import layout, rows
-from ..kernels.layout import CONTROL, EVERY, FOLD, FOLDED, FORWARDS, OBSERVED
-from ..kernels.stepping import Clock, add_steps, merge_totals, with_whole
+from ..kernels import layout
+from ..kernels.layout import CONTROL, EVERY, FOLD, FORWARDS, OBSERVED
+from ..kernels.stepping import Clock
 from ..layers import Router
-from ..numerics import Floats
 from ..results import Routes, Trace, from_known, from_rows, stats_of
 from ..surprise import Scorer
-from .bank import Bank, Reading
+from .bank import Bank
 from .channels import Channel, Channels
 from .evidence import Evidence
+from .reading import Reading, read_banks
 from .route_bank import RouteBank, read_routes
 from .switch import Switch
 
@@ -370,38 +370,8 @@ class Recorder:
         return int(control[FORWARDS]), int(control[OBSERVED])
 
     def read(self, since: int | None = None) -> Reading:
-        """Everything known, merged over the banks, or of forward `since` and later ones; waits for the device."""
-        with undisturbed():
-            states = [bank.state() for bank in self.banks]
-            (steps, control), capacity = states[0], len(states[0][0])
-            for others, _ in states[1:]:  # each forward's timestep is on the bank of its device
-                steps = np.where(np.isnan(steps), others, steps)
-            observed, folded = int(control[OBSERVED]), int(control[FOLDED])
-            dropped = max(0, observed - capacity)
-            slots = [number % capacity for number in range(dropped, observed)]
-            if since is not None:
-                slots = [slot for slot in slots if steps[slot, layout.NUMBER] >= since]
-            samples = max(bank.samples for bank in self.banks)
-            fetched = [
-                _padded(bank.held(None if since is None else [*slots, capacity]), 1, samples) for bank in self.banks
-            ]
-            totals = np.stack(
-                [_padded(bank.totals.cpu().numpy().astype(np.float64), 0, samples) for bank in self.banks]
-            )
-        every_row = rows.combine(np.stack(fetched))
-        self.clock.settle(int(control[FORWARDS]))
-        steps = np.concatenate([steps[slots], [[control[FORWARDS], np.nan, -1, 0]]])
-        steps = np.column_stack([steps, self.clock.seconds(steps[:, layout.NUMBER])])
-        held = every_row[[*slots, capacity]] if since is None else every_row
-        late = since is not None and since > control[FORWARDS]
-        if late or not held[-1, ..., layout.CALLS].any():  # nothing was called since the last forward ended
-            steps, held = steps[:-1], held[:-1]
-        if since is not None:
-            dropped, folded, totals = observed - len(slots), 0, np.zeros_like(totals)
-        fresh = max(0, folded - dropped)
-        whole = add_steps(merge_totals(totals), held[fresh:])
-        with_whole(held[:fresh].swapaxes(0, 1))
-        return Reading(steps, held, whole, dropped, int(control[FORWARDS]))
+        """Everything known, or of forward `since` and later ones; waits for the device."""
+        return read_banks(self.banks, self.clock, since)
 
     def routes(self) -> Routes:
         """What the routers chose."""
@@ -449,8 +419,3 @@ class Recorder:
 def _places(device: torch.device, layers: int) -> list[Tensor]:
     with undisturbed(), torch.inference_mode(False):
         return [stays(index.clone()) for index in torch.arange(layers, device=device)]
-
-
-def _padded(array: Floats, axis: int, samples: int) -> Floats:
-    widths = [(0, 1 + samples - size if dim == axis else 0) for dim, size in enumerate(array.shape)]
-    return np.pad(array, widths)

@@ -16,7 +16,7 @@ from .._version import __version__
 from ..errors import BadFile, BadValue
 from ..text import counted, plain, table
 from .saved import list_of
-from .tabular import Column, Tabular
+from .tabular import Cells, Tabular
 
 KIND = "activations"
 
@@ -179,7 +179,7 @@ class Activations(Mapping[str, list[Tensor]], Tabular):
             ) from None
         return cls(kept, unmeasured=unmeasured, meta=meta)
 
-    def _columns(self) -> dict[str, Column]:
+    def _columns(self) -> dict[str, Cells]:
         found = [(name, call, tensor) for name, calls in self._calls.items() for call, tensor in enumerate(calls)]
         return {
             "layer": [name for name, _, _ in found],

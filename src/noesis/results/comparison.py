@@ -17,7 +17,7 @@ from ..text import plain, table
 from .divergence import Divergence, first_divergence, pooled_std
 from .runs import Answering, Averaged, Recorded
 from .saved import Saved
-from .tabular import Column, Tabular
+from .tabular import Cells, Tabular
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,7 +120,7 @@ class Comparison(Saved, Tabular):
         path = Path(path)
         return self.to_csv(path) if path.suffix == ".csv" else super().save(path)
 
-    def _columns(self) -> dict[str, Column]:
+    def _columns(self) -> dict[str, Cells]:
         return {each.name: [getattr(row, each.name) for row in self.rows] for each in dataclasses.fields(Row)}
 
     def _payload(self) -> dict[str, Any]:

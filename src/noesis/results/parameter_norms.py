@@ -12,7 +12,7 @@ from .. import files
 from ..numerics import Floats, Ints
 from ..text import counted, plain, table
 from .saved import Saved, list_of
-from .tabular import Column, Tabular
+from .tabular import Cells, Tabular
 from .trace import Trace
 
 #: Parameters named in `repr`: the largest updates, since what changes too fast breaks first.
@@ -143,8 +143,8 @@ class ParameterNorms(Saved, Tabular):
         )
         return cls(names, steps, values, gradients, updates, dict(header["unmeasured"]), dict(header["meta"]))
 
-    def _columns(self) -> dict[str, Column]:
-        found: dict[str, Column] = {
+    def _columns(self) -> dict[str, Cells]:
+        found: dict[str, Cells] = {
             "step": self.steps.repeat(len(self.parameters)),
             "parameter": self.parameters * len(self.steps),
         }

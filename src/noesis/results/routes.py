@@ -12,7 +12,7 @@ from ..kernels.routing import ENTROPY, FIELDS, MEASURED, NEIGHBOURS, SWITCHES, T
 from ..numerics import Floats, Ints
 from ..text import counted, plain, table
 from .saved import Saved
-from .tabular import Column, Tabular
+from .tabular import Cells, Tabular
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -216,9 +216,9 @@ class Routes(Routing, Saved, Tabular):
 
     # ------------------------------------------------------------ showing
 
-    def _columns(self) -> dict[str, Column]:
+    def _columns(self) -> dict[str, Cells]:
         steps, experts = len(self), np.tile(self.experts, len(self))
-        found: dict[str, Column] = {
+        found: dict[str, Cells] = {
             "step": self.steps.repeat(len(self.layers)),
             "layer": self.layers * steps,
             "experts": experts,

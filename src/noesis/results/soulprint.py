@@ -15,7 +15,7 @@ from ..numerics import Floats
 from ..text import counted, plain, table
 from .comparison import Comparison, compare
 from .saved import Saved
-from .tabular import Column, Tabular
+from .tabular import Cells, Tabular
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,7 +124,7 @@ class Soulprint(Saved, Tabular):
             raise TypeError("layers has to be a list, steps a whole number")
         return cls(means, stds, header["layers"], header["steps"], dict(header["meta"]))
 
-    def _columns(self) -> dict[str, Column]:
+    def _columns(self) -> dict[str, Cells]:
         return {"layer": self.layers, "mean": self.means, "std": self.stds}
 
     def plot(self, other: Soulprint | None = None, path: files.PathLike | None = None) -> Figure:

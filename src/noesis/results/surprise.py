@@ -13,7 +13,7 @@ from ..errors import BadValue, WrongState
 from ..numerics import Floats, benjamini_hochberg
 from ..text import table
 from .saved import Saved, list_of
-from .tabular import Column, Tabular
+from .tabular import Cells, Tabular
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -220,8 +220,8 @@ class Surprise(Saved, Tabular):
 
     # ------------------------------------------------------------ showing
 
-    def _columns(self) -> dict[str, Column]:
-        found: dict[str, Column] = {"sample": np.arange(len(self)), "score": self.score}
+    def _columns(self) -> dict[str, Cells]:
+        found: dict[str, Cells] = {"sample": np.arange(len(self)), "score": self.score}
         if self.calibrated is not None and not self.absent:
             found["p_value"] = self.calibrated
         doubts = ("doubt", "doubt_surprisal", "doubt_p_value")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas
 
 #: Numbers as an array, texts as a list; None where there is no value.
-Column = NDArray[Any] | list[Any]
+Cells = NDArray[Any] | list[Any]
 
 #: What a spreadsheet would run as a formula; and what looks like one that was made harmless.
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
@@ -83,12 +83,12 @@ class Tabular:
         made: pandas.DataFrame = frames.DataFrame({name: _of_one_kind(each) for name, each in self._columns().items()})
         return made
 
-    def _columns(self) -> dict[str, Column]:
+    def _columns(self) -> dict[str, Cells]:
         """The table, column by column, all of one length."""
         raise NotImplementedError
 
 
-def _as_list(column: Column) -> list[Any]:
+def _as_list(column: Cells) -> list[Any]:
     return column.tolist() if isinstance(column, np.ndarray) else column
 
 
@@ -97,7 +97,7 @@ def _harmless(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
 
 
-def _of_one_kind(column: Column) -> Column:
+def _of_one_kind(column: Cells) -> Cells:
     """Numbers of which some are missing as numbers."""
     if isinstance(column, np.ndarray) or None not in column or any(isinstance(value, str) for value in column):
         return column

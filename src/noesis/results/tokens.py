@@ -16,7 +16,7 @@ from ..errors import BadType, BadValue
 from ..numerics import Floats, Token
 from ..text import counted, first_few, plain, table
 from .saved import Saved, list_of
-from .tabular import Column, Tabular
+from .tabular import Cells, Tabular
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -172,7 +172,7 @@ class TokenDeltas(Saved, Tabular):
                 lines.append(f"... {len(divergent) - len(rows)} more")
         return "\n".join(lines)
 
-    def _columns(self) -> dict[str, Column]:
+    def _columns(self) -> dict[str, Cells]:
         layers = len(self.layers)
         return {
             "token": [token for token in self.tokens for _ in self.layers],

@@ -20,7 +20,7 @@ from .columns import COLUMNS, from_file, to_arrays, to_header, whole
 from .saved import Saved
 from .soulprint import Soulprint
 from .statistics import ALWAYS, COUNTS, OPTIONAL, fields_of, stats_of
-from .tabular import Column, Tabular
+from .tabular import Cells, Tabular
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -346,9 +346,9 @@ class Trace(Saved, Tabular):
 
     # ------------------------------------------------------------ showing
 
-    def _columns(self) -> dict[str, Column]:
+    def _columns(self) -> dict[str, Cells]:
         steps, layers = len(self.steps), len(self.layers)
-        found: dict[str, Column] = {
+        found: dict[str, Cells] = {
             "step": self.steps.repeat(layers),
             "timestep": self.timesteps.repeat(layers),
             "branch": [branch for branch in self.branches for _ in self.layers],
@@ -387,8 +387,7 @@ class Trace(Saved, Tabular):
         if self.never_ran:
             parts.append(f"never ran: {', '.join(map(plain, self.never_ran))}")
         parts += [f"not measured: {plain(name)} ({plain(why)})" for name, why in self.unmeasured.items()]
-        found = self.first_nonfinite()
-        if found:
+        if found := self.first_nonfinite():
             parts.append(f"first NaN or infinity: step {found[0]}, layer {plain(found[1])}")
         return "\n".join(parts)
 
