@@ -671,12 +671,12 @@ def test_names_and_meta_come_back_and_go_nowhere_else(tmp_path: Path, monkeypatc
     for suffix in ("safetensors", "json", "json.gz"):
         for one in (trace, trace.soulprint()):
             again = type(one).load(one.save(f"{type(one).__name__}.{suffix}"))
-            assert again.observed_layers == NAMES
+            assert again.layers == NAMES
             assert again.meta == one.meta
     with pytest.raises(noesis.NoesisError, match="cannot be part of a file name"):
         trace.save_v01("v01")
     again = noesis.Soulprint.load(trace.soulprint().save_v01("v01.json"))
-    assert again.observed_layers == NAMES
+    assert again.layers == NAMES
     assert again.meta["run"] == "../../escaped"
     compared = noesis.compare(trace.soulprint(), other())
     assert noesis.Comparison.load(compared.save("c.json")).only_in_a == NAMES[1:]
@@ -776,7 +776,7 @@ KILLED = """
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         again = noesis.Soulprint.load(folder)
-        assert again.observed_layers == layers
+        assert again.layers == layers
         assert len(set(again.means.tolist())) == 1
         seen.add(again.means[0])
         left = [name.name for name in folder.iterdir() if name != path]

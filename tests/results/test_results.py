@@ -48,7 +48,7 @@ def test_traces_and_soulprints_come_back(trace, tmp_path, suffix):
     for path in (print_.save(tmp_path / f"soulprint{suffix}"), tmp_path):
         again = noesis.Soulprint.load(path)
         np.testing.assert_array_equal(again.vector, print_.vector)
-        assert (again.observed_layers, again.steps, again.meta) == (print_.layers, print_.steps, print_.meta)
+        assert (again.layers, again.steps, again.meta) == (print_.layers, print_.steps, print_.meta)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"soulprint{suffix}", f"trace{suffix}"]  # no leftovers
 
 
@@ -248,7 +248,7 @@ def test_v01_is_written(data, tmp_path, single_file, compress):
     assert len(paths) == (1 if single_file else 4)
     again = noesis.Trace.load(tmp_path)
     np.testing.assert_array_equal(again.values, trace.values)
-    assert again.observed_layers == trace.layers
+    assert again.layers == trace.layers
     trace.soulprint().save_v01(tmp_path / "soulprint.json")
     np.testing.assert_array_equal(noesis.Soulprint.load(tmp_path / "soulprint.json").means, trace.soulprint().means)
 
@@ -257,4 +257,4 @@ def test_our_runs_are_written_as_v01(trace, tmp_path):
     trace.save_v01(tmp_path)
     again = noesis.Trace.load(tmp_path)
     np.testing.assert_array_equal(again["std"], trace["std"])
-    assert again.observed_layers == trace.layers
+    assert again.layers == trace.layers
