@@ -66,7 +66,9 @@ def test_access(trace):
 
 def test_text(trace):
     lines = repr(trace).splitlines()
-    assert lines[0] == "Trace of 3 steps x 3 layers x 9 stats (2 earlier steps are in the totals only), 2 samples"
+    head, _, rest = lines[0].partition(" per step ")
+    assert head.startswith("Trace of 3 steps x 3 layers x 9 stats, ")
+    assert rest == "(2 earlier steps are in the totals only), 2 samples"
     assert lines[1].split() == ["layer", "mean", "std", "abs_mean", "min", "max", "nonfinite", "zeros", "rms"]
     assert repr(trace.soulprint()).startswith(
         "Soulprint of 3 layers over 5 steps (model=Sequential, prompt=a $moth$ <b>"
