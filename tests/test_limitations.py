@@ -9,7 +9,9 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,7 +84,8 @@ def test_forward_called_by_hand_is_not_seen() -> None:
     assert wrapped.trace().never_ran == ["0", "1"]
     wrapped.forward(torch.ones(1, 4))  # runs the layers, but begins no step
     wrapped.forward(torch.ones(1, 4))
-    assert wrapped.trace().calls.tolist() == [[2, 2]]
+    with pytest.warns(noesis.NoesisWarning, match=r"^Layers ran by themselves \(layer '0' 2 times\), and no forward"):
+        assert wrapped.trace().calls.tolist() == [[2, 2]]
 
 
 def test_calls_inside_a_backward_pass_are_taken_for_recomputation() -> None:
@@ -104,7 +107,7 @@ def test_calls_inside_a_backward_pass_are_taken_for_recomputation() -> None:
 # ---------------------------------------------------------------- steps
 
 
-def test_a_root_that_is_never_called_gives_one_open_step() -> None:
+def test_single_layers_that_are_called_alone_give_one_open_step(tmp_path: Path) -> None:
     class Autoencoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -119,12 +122,20 @@ def test_a_root_that_is_never_called_gives_one_open_step() -> None:
     wrapped = noesis.wrap(Autoencoder(), layers="linear")
     for _ in range(3):
         wrapped.decode(torch.ones(1, 2))
-    trace = wrapped.trace()
+    with pytest.warns(
+        noesis.NoesisWarning, match=r"Layers ran by themselves \(layer 'decoder' 3 times\).*Wrap the module"
+    ):
+        trace = wrapped.trace()
     assert trace.steps.tolist() == [0]
     assert trace.calls.tolist() == [[0, 3]]
     assert trace.soulprint().layers == ["decoder"]
     wrapped(torch.ones(1, 4))  # the next forward of the root closes it, and is merged with it
     assert wrapped.trace().calls.tolist() == [[1, 4]]
+    for look in (noesis.Alarms(wrapped).check, lambda: wrapped.log_to(tmp_path / "run.csv")):
+        wrapped.reset()
+        wrapped.decode(torch.ones(1, 2))
+        with pytest.warns(noesis.NoesisWarning, match=r"Layers ran by themselves \(layer 'decoder' 1 time\)"):
+            assert not look()
 
 
 def test_threads_share_the_step_of_one_wrapped_model() -> None:
@@ -367,7 +378,7 @@ def test_the_inner_module_of_a_compiled_model_begins_no_step() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.body = small()
+            self.body = nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.body(x)
@@ -379,7 +390,8 @@ def test_the_inner_module_of_a_compiled_model_begins_no_step() -> None:
         wrapped = noesis.wrap(model if wrap_the_inner else compiled, layers="linear")
         compiled(torch.ones(1, 4))
         compiled(torch.ones(1, 4))
-        calls.append(wrapped.trace().calls.tolist())
+        with pytest.warns(noesis.NoesisWarning, match="Layers ran") if wrap_the_inner else nullcontext():
+            calls.append(wrapped.trace().calls.tolist())
     assert calls == [[[2]], [[1], [1]]]
 
 

@@ -3,12 +3,14 @@
 from .denoisers import DENOISER, denoisers_of
 from .kinds import named_layers
 from .outputs import batch_of, emittable, hidden_state, is_dtensor, is_number, part_emitted, part_of, unmeasurable
+from .parts import Part, parts_of
 from .routers import Router, find_routers
 from .selecting import Layers, select
 
 __all__ = [
     "DENOISER",
     "Layers",
+    "Part",
     "Router",
     "batch_of",
     "denoisers_of",
@@ -20,6 +22,7 @@ __all__ = [
     "named_layers",
     "part_emitted",
     "part_of",
+    "parts_of",
     "select",
     "unmeasurable",
 ]

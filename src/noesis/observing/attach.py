@@ -10,7 +10,9 @@ from typing import Any
 from loguru import logger
 from torch import nn
 
+from ..errors import NoesisError
 from ..internals import stream_index
+from ..layers import Part
 from .gradients import GradientRecorder
 from .observed import become_observed, restore, site_of
 from .recorder import Recorder
@@ -24,15 +26,19 @@ def observe(
     recorder: Recorder,
     chosen: list[tuple[str, nn.Module]],
     roots: list[nn.Module],
+    parts: list[Part],
     output: Callable[[Any], Any] | None,
     logits: nn.Module | None,
 ) -> None:
-    """Turn chosen modules, and those whose forwards are steps, into observed ones: all of them, or none."""
+    """Turn chosen modules, and those whose forwards are steps, into observed ones: all of them, or none.
+
+    Parts that the model may be called by are observed too, where they can be.
+    """
     channels = recorder.channels
     gradients = recorder.gradients if isinstance(recorder.gradients, GradientRecorder) else None
     sites: dict[int, tuple[nn.Module, Site]] = {id(root): (root, Site(recorder)) for root in roots}
     for root, site in sites.values():
-        site.root = True
+        site.root = site.starts = site.whole = True
         names = _parameters(root.forward)
         found = [name for name in TIMESTEPS if name in names]
         if found:
@@ -54,6 +60,10 @@ def observe(
         site.doubt, site.looks = channels.see_logits(), True
         if logits is not None:
             site.head = channels.see_head(recorder.settings["logits"])
+    standing_in = {id(part.module): part for part in parts}
+    for key, part in standing_in.items():
+        if key in sites:
+            _stand_in(sites[key][1], part)
     done: list[nn.Module] = []
     try:
         for module, site in sites.values():
@@ -63,6 +73,7 @@ def observe(
         for module in done:
             restore(module)
         raise
+    done += [part.module for key, part in standing_in.items() if key not in sites and _could(part, Site(recorder))]
     recorder.observed = [weakref.ref(module) for module in done]
 
 
@@ -76,6 +87,26 @@ def detach(modules: Iterable[nn.Module], family: str | None = None) -> None:
             site.recorder.attached = False
         if not restore(module):
             logger.warning("{} was given another class after wrapping; it keeps it, unobserved", site.name)
+
+
+def _stand_in(site: Site, part: Part) -> None:
+    """Have the forwards of a part begin steps where those of the model do not."""
+    if site.root:
+        return
+    site.name, site.starts, site.whole, site.generates = part.name, True, part.whole, part.generates
+    channels, names = site.recorder.channels, _parameters(part.module.forward)
+    if channels is not None and channels.settings.mask in names:
+        site.mask = names.index(channels.settings.mask)
+
+
+def _could(part: Part, site: Site) -> bool:
+    """Whether a part that was not chosen could be turned into an observed one."""
+    _stand_in(site, part)
+    try:
+        become_observed(part.module, site)
+    except NoesisError:
+        return False
+    return True
 
 
 def _parameters(function: Callable[..., Any]) -> list[str]:

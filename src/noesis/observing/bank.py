@@ -13,6 +13,7 @@ from ..internals import stays, undisturbed
 from ..kernels import moments, rows, stepping
 from ..kernels.layout import (
     ACTIVE,
+    BRANCH,
     CONTROL,
     ENABLED,
     EVERY,
@@ -20,11 +21,13 @@ from ..kernels.layout import (
     FOLD,
     FOLDED,
     FORWARDS,
+    NUMBER,
     OBSERVED,
     SEQUENCE,
     SLOT,
     SLOTS,
     STEP,
+    TIMESTEP,
     TOTALS,
 )
 from ..kernels.moments import scratch
@@ -89,20 +92,36 @@ class Bank:
 
     def begin(self, timestep: Tensor | float | None, branch: int, batch: int) -> None:
         """Start a step."""
-        if isinstance(timestep, Tensor):
-            timestep = timestep.detach().reshape(-1)[0]  # pipelines repeat it over the batch
         if self.arrays is not None and not torch.compiler.is_compiling():
-            stepping.begin_cpu(np.nan if timestep is None else float(timestep), branch, batch, *self.arrays)
-            return
-        if isinstance(timestep, Tensor):
-            value = timestep
-        elif timestep is None:
-            value = self.no_timestep
+            stepping.begin_cpu(_number(timestep), branch, batch, *self.arrays)
         else:
-            # Not torch.full, of which compiled code would make one graph per value.
-            value = torch.zeros((), dtype=self.no_timestep.dtype, device=self.device) + timestep
-        begin = torch.ops.noesis.begin if torch.compiler.is_compiling() else stepping.begin_anywhere
-        begin(value, branch, batch, self.slab, self.totals, self.steps, self.control, self.scratch)
+            begin = torch.ops.noesis.begin if torch.compiler.is_compiling() else stepping.begin_anywhere
+            value = self._on_device(timestep)
+            begin(value, branch, batch, self.slab, self.totals, self.steps, self.control, self.scratch)
+        if self.routes is not None:
+            self.routes.begin(self.control)
+
+    def describe(self, timestep: Tensor | float | None, branch: int, batch: int) -> None:
+        """Say what is known of the latest step, which began before it was known."""
+        if self.arrays is not None:
+            steps, control = self.arrays[2:]
+            if control[ACTIVE]:
+                steps[(control[OBSERVED] - 1) % self.capacity, TIMESTEP:] = _number(timestep), branch, batch
+            return
+        slot = ((self.control[OBSERVED] - 1) % self.capacity).reshape(1)
+        known = self.steps[slot]
+        described = torch.full_like(known, batch)
+        described[:, NUMBER], described[:, TIMESTEP] = known[:, NUMBER], self._on_device(timestep)
+        described[:, BRANCH] = branch
+        self.steps[slot] = torch.where(self.control[ACTIVE] > 0, described, known)
+
+    def _on_device(self, timestep: Tensor | float | None) -> Tensor:
+        if isinstance(timestep, Tensor):
+            return timestep.detach().reshape(-1)[0]  # pipelines repeat it over the batch
+        if timestep is None:
+            return self.no_timestep
+        # Not torch.full, of which compiled code would make one graph per value.
+        return torch.zeros((), dtype=self.no_timestep.dtype, device=self.device) + timestep
 
     def end(self) -> None:
         """End a step: what is called from now on belongs to the next one."""
@@ -178,3 +197,9 @@ class Bank:
         packed = (slab if slots is None else slab[slots]).cpu().numpy()
         unpacked: Floats = rows.unpack(packed, np.zeros((*packed.shape[:-1], len(FIELDS))))
         return unpacked
+
+
+def _number(timestep: Tensor | float | None) -> float:
+    if isinstance(timestep, Tensor):
+        timestep = timestep.detach().reshape(-1)[0]  # pipelines repeat it over the batch
+    return np.nan if timestep is None else float(timestep)

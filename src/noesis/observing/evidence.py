@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass, field
 
 from ..errors import NoesisWarning
+from ..text import counted
 
 
 @dataclass
@@ -52,12 +53,21 @@ class Evidence:
         return None
 
     def say(self, reason: str) -> None:
-        """Warn, once in a run."""
+        """Warn, once in a run, of forwards that left no mark."""
+        self._warn(
+            f"Not every forward was recorded: {reason}. Wrap before compiling, or run the model uncompiled; "
+            'loguru.logger.enable("noesis") tells what this version of torch lacks'
+        )
+
+    def say_open(self, layer: str, calls: int) -> None:
+        """Warn, once in a run, of layers that ran in no forward."""
+        self._warn(
+            f"Layers ran by themselves (layer {layer!r} {counted(calls, 'time')}), and no forward of the model or of "
+            "one of its parts did: all calls are one step, which stays open until there is one. Wrap the module that "
+            "is called"
+        )
+
+    def _warn(self, message: str) -> None:
         if not self.said:
             self.said = True
-            warnings.warn(
-                f"Not every forward was recorded: {reason}. Wrap before compiling, or run the model uncompiled; "
-                'loguru.logger.enable("noesis") tells what this version of torch lacks',
-                NoesisWarning,
-                stacklevel=4,
-            )
+            warnings.warn(message, NoesisWarning, stacklevel=5)

@@ -51,8 +51,8 @@ class GradientRecorder(Recorder):
         for bank in self.banks:
             bank.control[FOLD] = 1  # what is still in the ring may change, so it must not be in the totals yet
 
-    def begin(self, timestep: Tensor | float | None, batch: int) -> None:
-        """A forward of the root starts: gradients go to its step, until another one starts."""
+    def begin(self, timestep: Tensor | float | None, batch: int) -> bool:
+        """A step begins: gradients go to it, until another one does."""
         super().begin(timestep, batch)
         if self.skipping:
             self.aim = NOWHERE
@@ -60,6 +60,7 @@ class GradientRecorder(Recorder):
             self.begun += 1
             self.numbers[(self.begun - 1) % len(self.numbers)] = self.forwards - 1
             self._turn_to(self.begun)
+        return True
 
     def _turn_to(self, step: int) -> None:
         """Rows go to this step from now on."""
@@ -75,7 +76,7 @@ class GradientRecorder(Recorder):
         return int(numbers.min()) if len(numbers) else None
 
     def end(self) -> None:
-        """A forward of the root is over; its step stays open, since its gradients come later."""
+        """A forward is over; its step stays open, since its gradients come later."""
         self.ends.append((node_count(), self.mark()))
         self.skipping = False
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -92,9 +94,11 @@ class Observed:
             if site is not None and site.gradients is not None and not compiling:
                 site.recompute(output)
             return output
+        begun = inside = False
         try:
-            if site.root:
-                site.begin(args, kwargs)
+            if site.starts and (site.root or not site.recorder.inside):
+                inside = site.recorder.inside
+                begun = site.begin(args, kwargs)
             if site.head is not None:
                 site.read(site.head, args, kwargs)
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -104,8 +108,8 @@ class Observed:
                 elif not site.recorder.skipping or site.recorder.capturing():
                     site.observe(output)
         finally:
-            if site.root:
-                site.end()
+            if begun:
+                site.end(inside)
         return output
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -192,6 +196,20 @@ def _remake(function: Callable[..., Any], arguments: tuple[Any, ...], site: Site
     return _regain(function(*arguments), site)
 
 
+def _observed_generate(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that tells when the model generates: what it runs between two of its own forwards begins no step."""
+
+    @functools.wraps(generate)
+    def observed_generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        site = self._noesis
+        if site is None or not site.root:
+            return generate(self, *args, **kwargs)
+        with site.recorder.stand_ins.generating():
+            return generate(self, *args, **kwargs)
+
+    return observed_generate
+
+
 _MADE: dict[type, type[nn.Module]] = {}
 
 
@@ -204,13 +222,16 @@ def observed_class(original: type[nn.Module]) -> type[nn.Module]:
         mixin = ObservedDenoiser
     elif issubclass(original, GraphModule):
         mixin = ObservedGraph
-    body = {
+    body: dict[str, Any] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "__slots__": (),
         _GENERATED: True,
     }
+    generate = inspect.getattr_static(original, "generate", None)
+    if inspect.isfunction(generate):
+        body["generate"] = _observed_generate(generate)
     metaclass: Any = type(original)
     made: type[nn.Module] = metaclass(original.__name__, (mixin, original), body)
     _MADE[original] = made

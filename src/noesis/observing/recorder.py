@@ -31,6 +31,7 @@ from .channels import Channel, Channels
 from .evidence import Evidence
 from .reading import Reading, read_banks
 from .route_bank import RouteBank, read_routes
+from .stand_ins import StandIns
 from .switch import Switch
 
 
@@ -63,6 +64,9 @@ class Recorder:
         self.clock = Clock(capacity, every)
         self.forwards = 0  # that the host has begun, to leave out what `every` leaves out without asking the device
         self.skipping = False  # inside a forward that `every` leaves out
+        self.left_out = False  # whether `every` leaves out the latest step
+        self.inside = False  # a forward that began a step, or goes on with one
+        self.stand_ins = StandIns()
         self.switch = Switch()
         self.on_device = False  # whether forwards may run that the host does not see: compiled, or in a CUDA graph
         self.batch: int | None = None  # of the forward that is running; None between forwards
@@ -104,25 +108,26 @@ class Recorder:
         self.__dict__.update(state)
         self._listen()
         # Whoever leaves a pause, a forward or a calibration leaves that of the original.
-        self.pauses, self.skipping, self.batch, self.off_record = 0, False, None, None
+        self.pauses, self.skipping, self.inside, self.batch, self.off_record = 0, False, False, None, None
         self.pause(False)
         self._settle()
 
     # ------------------------------------------------------------ hot path
 
-    def begin(self, timestep: Tensor | float | None, batch: int) -> None:
-        """A forward of the root starts."""
+    def begin(self, timestep: Tensor | float | None, batch: int) -> bool:
+        """A forward of the root starts, or of a part that is all of it; whether this is a step of its own."""
         self.size(batch)
+        self.inside = True
         if self.off_record is not None:
             self.forwards_off_the_record += 1
-            return
-        compiling = torch.compiler.is_compiling()
+            return True
+        joins, compiling = False, torch.compiler.is_compiling()
         if compiling:
             self.on_device = True
         else:
             now, capturing = perf_counter(), self.capturing()
-            self.skipping = self._leaves_out(capturing)
-            self._settle()
+            joins = self.stand_ins.joins()
+            self._leave_out(self.left_out if joins else self._leaves_out(capturing))
             self.emitted = emitted()
         name = self.branch
         if name is None and not compiling and self.branch_of is not None:
@@ -134,14 +139,41 @@ class Recorder:
             self.bank(timestep.device)  # so that the timestep never has to leave its device
         for bank in self.banks:
             here = not isinstance(timestep, Tensor) or timestep.device == bank.device
-            bank.begin(timestep if here else None, branch, batch)
-            if bank.routes is not None:
-                bank.routes.begin(bank.control)
-        if not compiling:
-            self.forwards += 1  # now that the devices have counted it
-            self.clock.tick(now, capturing)
-            if self.gradients is not None:
-                self.gradients.begin(None, batch)
+            if joins:
+                bank.describe(timestep if here else None, branch, batch)
+            else:
+                bank.begin(timestep if here else None, branch, batch)
+        if not (compiling or joins):
+            self._begun(batch, now, capturing)
+        return not joins
+
+    def begin_part(self, part: str, generates: bool, batch: int) -> bool | None:
+        """A forward of a part starts by itself: whether it begins a step; None if it belongs to the model's next."""
+        begins = self.stand_ins.begins(part, generates)
+        if begins is None:
+            return None
+        self.size(batch)
+        self.inside = True
+        now, capturing = perf_counter(), self.capturing()
+        self._leave_out(self._leaves_out(capturing) if begins else self.left_out)
+        self.emitted = emitted()
+        if begins:
+            for bank in self.banks:
+                bank.begin(None, -1, batch)
+            self._begun(batch, now, capturing)
+        return begins
+
+    def _leave_out(self, left_out: bool) -> None:
+        self.skipping = self.left_out = left_out
+        self._settle()
+        if self.gradients is not None:
+            self.gradients.skipping = left_out
+
+    def _begun(self, batch: int, now: float, capturing: bool) -> None:
+        self.forwards += 1  # now that the devices have counted it
+        self.clock.tick(now, capturing)
+        if self.gradients is not None:
+            self.gradients.begin(None, batch)
 
     def size(self, batch: int | None) -> None:
         """Say how many samples the forward has that is running; None when there is none."""
@@ -155,19 +187,25 @@ class Recorder:
         begun = size_of(self.key) if torch.compiler.is_compiling() else None
         return self.batch if begun is None else begun
 
-    def end(self) -> None:
-        """A forward of the root is over."""
+    def leave(self, *, root: bool, inside: bool) -> None:
+        """A forward is over, which may have been inside of another; only one of the root ends its step."""
         if not torch.compiler.is_compiling():
             self.skipping = False
             self._settle()
             self.evidence.emitted |= self.emitted != emitted()
         self.size(None)
+        self.inside = inside
         if self.off_record is not None:
             return
-        for bank in self.banks:
-            bank.end()
+        if root:
+            self.end()
         if self.gradients is not None and not torch.compiler.is_compiling():
             self.gradients.end()
+
+    def end(self) -> None:
+        """A step ends: what is called from now on belongs to the next one."""
+        for bank in self.banks:
+            bank.end()
 
     def observe(self, x: Tensor, index: int, places: list[Tensor]) -> None:
         """Merge what `x` holds into the row of layer `index` of the current step; `places` is `places[index]`."""
@@ -333,6 +371,8 @@ class Recorder:
                 bank.clear()
         self.clock.restart()
         self.forwards = 0
+        self.left_out = False
+        self.stand_ins.reset()
         self.evidence = self.evidence.afresh()
         if self.channels is not None:
             self.channels.forget()
@@ -391,6 +431,10 @@ class Recorder:
         lost = self.evidence.left_no_mark(reading.forwards, self.forwards, measured)
         if lost is not None:
             self.evidence.say(lost)
+        elif not reading.forwards and len(reading.rows):
+            calls = reading.rows[-1, 0, :, layout.CALLS]
+            if since is not None or calls.max() > 1:  # whoever reads all sees the open step, and one call is one step
+                self.evidence.say_open(self.names[int(calls.argmax())], int(calls.max()))
 
         def one(row: int) -> Trace:
             fields, totals = reading.rows[:, row], reading.totals[row]

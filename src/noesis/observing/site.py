@@ -43,6 +43,9 @@ class Site:
         self.recorder = recorder
         self.switch = NEVER
         self.root = False
+        self.starts = False  # whether its calls may begin steps, as those of the root do
+        self.whole = False  # whether it is the model, or all of it but single layers
+        self.generates = False
         self.timestep: int | None = None  # position of the timestep among the root's arguments
         self.timestep_name = ""
         self.index = -1  # in the recorder; only the root may have none
@@ -75,22 +78,14 @@ class Site:
         return True
 
     @inlined
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward of the root starts: find its timestep and its batch."""
-        timestep = None
-        if self.timestep is not None:
-            timestep = kwargs.get(self.timestep_name)
-            if timestep is None and len(args) > self.timestep:
-                timestep = args[self.timestep]
-            if not is_number(timestep):
-                timestep = None
-        if self.recorder.channels is not None:
-            self.recorder.channels.begin(args, kwargs, self.mask)
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """A forward of the root starts, or of a part in its place; whether it is of a step."""
+        if not self.root and (self.recorder.off_record is not None or (is_compiling() and not self.whole)):
+            return False
         if is_compiling() or not disturbed():
-            self.recorder.begin(timestep, batch_of(args, kwargs))
-        else:
-            with undisturbed():
-                self.recorder.begin(timestep, batch_of(args, kwargs))
+            return self._begin(args, kwargs)
+        with undisturbed():
+            return self._begin(args, kwargs)
 
     @untraced
     def passes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -99,14 +94,34 @@ class Site:
             with undisturbed():
                 self.recorder.size(batch_of(args, kwargs))
 
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Find timestep and batch, and begin."""
+        recorder, batch = self.recorder, batch_of(args, kwargs)
+        begins: bool | None
+        if self.whole:
+            timestep = None
+            if self.timestep is not None:
+                timestep = kwargs.get(self.timestep_name)
+                if timestep is None and len(args) > self.timestep:
+                    timestep = args[self.timestep]
+                if not is_number(timestep):
+                    timestep = None
+            begins = recorder.begin(timestep, batch)
+        else:
+            begins = recorder.begin_part(self.name, self.generates, batch)
+        if begins and recorder.channels is not None:
+            recorder.channels.begin(args, kwargs, self.mask)
+        return begins is not None
+
     @inlined
-    def end(self) -> None:
-        """The forward of the root is over."""
+    def end(self, inside: bool) -> None:
+        """The forward that began is over, which may have been inside of another."""
+        root = self.root or is_compiling()
         if is_compiling() or not disturbed():
-            self.recorder.end()
+            self.recorder.leave(root=root, inside=inside)
         else:
             with undisturbed():
-                self.recorder.end()
+                self.recorder.leave(root=root, inside=inside)
 
     def hidden(self, output: Any) -> Any:
         """What is to be measured of an output."""

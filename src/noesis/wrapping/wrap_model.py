@@ -13,7 +13,7 @@ from torch import nn
 from .._version import __version__
 from ..errors import BadType, BadValue, WrongState
 from ..internals import inside, rebind
-from ..layers import Layers, find_routers, select
+from ..layers import Layers, find_routers, parts_of, select
 from ..observing import Channels, GradientRecorder, Recorder, Weights, observe, site_of
 from ..results import ALWAYS, OPTIONAL
 from ..surprise import Codebook, Scorer
@@ -117,7 +117,8 @@ def wrap(
     recorder.count_routes(find_routers(root, chosen))
     if codebook is not None:
         recorder.channels = Channels(codebook, logits if callable(logits) else None)
-    observe(recorder, chosen, roots, output, logits_module(root, logits))
+    parts = parts_of(root, chosen) if pipeline is None else []  # a pipeline calls its denoisers
+    observe(recorder, chosen, roots, parts, output, logits_module(root, logits))
     if codebook is not None and (channels := recorder.channels) is not None:
         seen = channels.doubt is not None
         recorder.scorer = Scorer(codebook, channels.layers, device, logits=seen, head=channels.head)
