@@ -122,9 +122,7 @@ def test_first_divergence_goes_by_execution_not_by_name():
     assert noesis.compare(run(1), run(1.1)).first_divergence.layer == "b"
 
 
-def test_other_counts_diverge_and_a_longer_trace_diverges_at_its_end():
-    longer = noesis.compare(traced(steps=3), traced(steps=4)).first_divergence
-    assert (longer.step, longer.stat, longer.a, longer.b) == (3, "steps", 3, 4)
+def test_other_counts_diverge():
     nan = noesis.compare(traced(), traced(lambda s, m: m[0].bias.data.fill_(math.nan))).first_divergence
     assert (nan.step, nan.layer, nan.stat) == (0, "0", "count")
 
@@ -149,7 +147,7 @@ def test_other_numbers_of_calls_diverge():
     assert (where.stat, where.a, where.b) == ("calls", 1, 2)
 
 
-def test_traces_without_a_common_step_are_not_the_same():
+def test_traces_without_a_common_step():
     torch.manual_seed(0)
     wrapped = noesis.wrap(nn.Sequential(nn.Linear(4, 4)), layers="all", capacity=2)
     x, y = torch.randn(3, 4), torch.randn(3, 4)
@@ -164,9 +162,62 @@ def test_traces_without_a_common_step_are_not_the_same():
     wrapped(x)
     wrapped(x)
     late = wrapped.trace()  # steps 1 and 2; the ring has dropped step 0
-    assert noesis.compare(early, late).first_divergence.stat == "steps"
-    wrapped(x)
-    assert noesis.compare(late, wrapped).first_divergence.stat == "steps"  # step 3 is in one only
+    result = noesis.compare(early, late)
+    assert (result.first_divergence, result.lengths) == (None, (1, 3, 0))
+    text = "different steps: a has 1, b has 3, the traces have none in common; rows are of the whole runs"
+    assert text in repr(result)
+    wrapped(y)
+    assert noesis.compare(late, wrapped).lengths == (3, 4, 1)
+
+
+def test_runs_of_different_lengths_are_compared_in_the_steps_that_both_have(tmp_path):
+    def kick(step, model):
+        if step == 4:
+            model[0].weight.data.mul_(100)
+
+    short, long = traced(steps=2), traced(kick, steps=6)
+    for a, b, lengths in ((short, long, (2, 6, 2)), (long, short, (6, 2, 2))):
+        result = noesis.compare(a, b)
+        assert result.first_divergence is None
+        assert (result.distance, result.lengths) == (0, lengths)
+        text = f"different steps: a has {lengths[0]}, b has {lengths[1]}; compared are the 2 that both have"
+        assert text in repr(result)
+        again = noesis.Comparison.load(result.save(tmp_path / "c.json"))
+        assert (repr(again), again.lengths) == (repr(result), lengths)
+    assert noesis.compare(short, traced(steps=2)).lengths == (2, 2, 2)
+    assert "different" not in repr(noesis.compare(short, traced(steps=2)))
+    assert noesis.compare(short.soulprint(), long).lengths is None
+    where = noesis.compare(traced(steps=5), long).first_divergence
+    assert (where.step, where.layer) == (4, "0")
+    base = [traced(lambda s, m, seed=seed: m[0].weight.data.mul_(1 + 0.01 * seed)) for seed in range(4)]
+    judged = noesis.compare(short, long, baseline=base)
+    assert judged.rows != noesis.compare(short, long.at(long.steps < 2), baseline=base).rows
+    assert "; they part, if so, in the 2 that both have, and rows are of the whole runs" in repr(judged)
+
+
+def test_parts_of_runs_are_matched_by_their_order():
+    torch.manual_seed(0)
+    wrapped = noesis.wrap(nn.Sequential(nn.Linear(4, 4)), layers="all")
+    inputs = torch.randn(4, 3, 4)
+    for x in (*inputs, *inputs[:2]):
+        wrapped(x)
+    trace = wrapped.trace()
+    result = noesis.compare(trace.at(trace.steps < 4), trace.at(trace.steps >= 4))
+    assert (result.first_divergence, result.distance, result.lengths) == (None, 0, (4, 2, 2))
+    assert noesis.compare(trace.at(trace.steps < 2), trace.at(trace.steps == 3)).first_divergence[:2] == (0, "0")
+
+
+def test_long_runs_that_have_the_same_steps_are_compared_as_a_whole():
+    def run(scale: float) -> noesis.Trace:
+        torch.manual_seed(0)
+        wrapped = noesis.wrap(nn.Sequential(nn.Linear(4, 4)), layers="all", capacity=3)
+        for step in range(8):
+            wrapped(torch.randn(3, 4) * (scale if step == 0 else 1.0))
+        return wrapped.trace()
+
+    result = noesis.compare(run(1.0), run(5.0))
+    assert result.distance > 0, "the step that only the totals hold counts"
+    assert (result.first_divergence, result.lengths) == (None, (8, 8, 8))
 
 
 # ---------------------------------------------------------------- significance

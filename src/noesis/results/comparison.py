@@ -14,6 +14,7 @@ from .. import files
 from ..errors import BadType, BadValue
 from ..numerics import Floats, layer_tests
 from ..text import plain, table
+from .common_steps import Lengths, narrowed
 from .divergence import Divergence, first_divergence, pooled_std
 from .runs import Answering, Averaged, Recorded
 from .saved import Saved
@@ -73,7 +74,10 @@ class Comparison(Saved, Tabular):
         cosine: of the two vectors over the common layers; nearly blind, kept from v0.1.
         distance: root mean square of the effects; 0 for equal runs, free of scale.
         only_in_a, only_in_b: layers that only one of the runs has.
-        first_divergence: where two traces part, None if they do not or if these are soulprints.
+        first_divergence: where two traces part, None if they do not in any step that both have, or if these are
+            soulprints.
+        lengths: how many steps the runs have; None if these are soulprints. Of traces with different steps, rows and
+            first divergence are of those that both have, rows only without a baseline.
         alpha: the false discovery rate at which a layer counts as changed.
         baseline: number of runs in the baseline.
 
@@ -95,6 +99,7 @@ class Comparison(Saved, Tabular):
     only_in_a: list[str] = field(default_factory=list)
     only_in_b: list[str] = field(default_factory=list)
     first_divergence: Divergence | None = None
+    lengths: Lengths | None = None
     alpha: float = 0.05
     baseline: int = 0
     meta: dict[str, Any] = field(default_factory=dict)
@@ -140,6 +145,7 @@ class Comparison(Saved, Tabular):
             first_divergence=None
             if where is None
             else Divergence(int(where[0]), str(where[1]), str(where[2]), _number(where[3]), _number(where[4])),
+            lengths=_lengths(payload.get("lengths")),
             alpha=float(payload["alpha"]),
             baseline=baseline,
             meta=dict(payload["meta"]),
@@ -158,6 +164,8 @@ class Comparison(Saved, Tabular):
         """The comparison as text, with the most changed layers in a table."""
         head = f"Comparison of {len(self.rows)} layers: distance {self.distance:.4g}, cosine {self.cosine:.5f}"
         parts = [head]
+        if self.lengths is not None and len(set(self.lengths)) > 1:
+            parts.append(_about(self.lengths, whole=self.baseline > 0))
         if self.first_divergence is not None:
             where = self.first_divergence
             what = f"{where.stat} {where.a:.6g} -> {where.b:.6g}"
@@ -191,7 +199,8 @@ def compare(
 ) -> Comparison:
     """Where, how much, and how surely run `b` differs from run `a`.
 
-    Layers are matched by name. Two traces also give the first divergence. With a baseline, each
+    Layers are matched by name. Two traces also give the first divergence; where one has steps that the other
+    has not, those are compared that both have, and `lengths` says so. With a baseline, each
     layer's mean and log std in `b` are tested against the baseline's by Student's t, with variances
     that borrow strength from each other; see `noesis.numerics.significance`.
 
@@ -233,8 +242,12 @@ def compare(
         raise BadValue(
             f"b is {len(right)} runs", "one run, or several together with baseline=[...]", "Pass one, or a baseline"
         )
-    traces = [run for run in (left, right[0]) if isinstance(run, Recorded)] if len(right) == 1 else []
-    divergence = first_divergence(traces[0], traces[1], tolerance) if len(traces) == 2 else None
+    divergence = lengths = None
+    if len(right) == 1 and isinstance(left, Recorded) and isinstance(right[0], Recorded):
+        divergence = first_divergence(left, right[0], tolerance)
+        one, other, lengths = narrowed(left, right[0])
+        if baseline is None:
+            left, right = one, [other]
     first, others = _soulprint(left), [_soulprint(run) for run in right]
     names = _common(first, others)
     mean_a, std_a = _columns([first], names)[:, 0]
@@ -256,6 +269,7 @@ def compare(
         only_in_a=[name for name in first.layers if name not in known],
         only_in_b=[name for name in second.layers if name not in known],
         first_divergence=divergence,
+        lengths=lengths,
         alpha=alpha,
         baseline=0 if baseline is None else len(baseline),
         meta={"a": first.meta, "b": second.meta},
@@ -367,6 +381,20 @@ def _baseline(runs: list[Averaged], names: list[str]) -> Floats:
 def _number(value: Any) -> float:
     """JSON has no NaN; `files.dump_json` wrote it as null."""
     return float("nan") if value is None else float(value)
+
+
+def _about(lengths: Lengths, whole: bool) -> str:
+    """What is compared of runs with other steps than each other."""
+    what = f"different steps: a has {lengths.a}, b has {lengths.b}"
+    if not lengths.common:
+        return f"{what}, the traces have none in common; rows are of the whole runs"
+    if whole:
+        return f"{what}; they part, if so, in the {lengths.common} that both have, and rows are of the whole runs"
+    return f"{what}; compared {'are' if lengths.common > 1 else 'is'} the {lengths.common} that both have"
+
+
+def _lengths(value: Any) -> Lengths | None:
+    return None if value is None else Lengths(*(int(number) for number in value))
 
 
 def _row(row: Any, judged: bool) -> Row:

@@ -7,12 +7,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ..numerics import Floats, Ints
+from .common_steps import common_steps
 from .runs import Recorded
 from .statistics import COUNTS
 
 
 class Divergence(NamedTuple):
-    """Where two traces part: the first step and, in order of execution, the first layer."""
+    """Where two traces part: the first step (its number in `a`) and, in order of execution, the first layer."""
 
     step: int
     layer: str
@@ -26,23 +27,19 @@ def first_divergence(a: Recorded, b: Recorded, tolerance: float = 1e-5) -> Diver
 
     Args:
         a: a trace.
-        b: another of the same input; steps are matched by number, layers by name.
+        b: another of the same input; for its steps see `common_steps`, layers are matched by name.
         tolerance: in standard deviations of the layer at that step (in its size, for a constant
             layer); counts of elements, of non-finite elements and of calls have to be equal.
 
     Returns:
-        The divergence, or None when the traces are the same. A step that only one trace has is a
-        divergence too, with `stat="steps"`; steps that a ring has dropped are left out.
+        The divergence, or None when the traces are the same in the steps that both have.
     """
     places = {name: at for at, name in enumerate(b.layers)}
     names = [name for name in a.layers if name in places]
     at_a, at_b = [at for at, name in enumerate(a.layers) if name in places], [places[name] for name in names]
     stats = [name for name in a.stats if name in b.stats]
-    common = set(a.steps.tolist()) & set(b.steps.tolist())
-    for step in _steps_to_compare(a, b):
-        if step not in common:
-            return Divergence(step, "", "steps", float(len(a)), float(len(b)))
-        i, j = int(np.flatnonzero(a.steps == step)[0]), int(np.flatnonzero(b.steps == step)[0])
+    for i, j in common_steps(a, b):
+        step = int(a.steps[i])
         left, right = a.values[i, at_a], b.values[j, at_b]
         scale = pooled_std(left[:, a.stats.index("std")], right[:, b.stats.index("std")])
         for at in np.argsort(_running_order(a.order[i, at_a]), kind="stable"):
@@ -57,14 +54,6 @@ def first_divergence(a: Recorded, b: Recorded, tolerance: float = 1e-5) -> Diver
                 if stat in COUNTS or not abs(one - other) <= tolerance * unit:
                     return Divergence(step, names[at], stat, float(one), float(other))
     return None
-
-
-def _steps_to_compare(a: Recorded, b: Recorded) -> list[int]:
-    """The steps of either trace, less those at the start that the other's ring no longer holds."""
-    steps = sorted({*a.steps.tolist(), *b.steps.tolist()})
-    held = [int(trace.steps.min()) for trace in (a, b) if trace.dropped_steps and len(trace)]
-    overlap = [step for step in steps if step >= max(held, default=0)]
-    return overlap if set(overlap) & set(a.steps.tolist()) & set(b.steps.tolist()) else steps
 
 
 def _running_order(order: Ints) -> Floats:

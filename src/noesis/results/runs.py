@@ -33,6 +33,10 @@ class Recorded(Protocol):
         """How many steps there are."""
         ...
 
+    def at(self, keep: Any) -> Recorded:
+        """Some of its steps alone; `keep` is a mask over the steps."""
+        ...
+
     def soulprint(self) -> Averaged:
         """The run as one vector."""
         ...
