@@ -13,7 +13,8 @@ from ..files import Arrays
 from ..kernels import layout
 from ..numerics import Floats, Ints
 from .runs import Recorded
-from .statistics import fields_of
+from .statistics import COUNTS, fields_of
+from .tabular import Cells
 
 Mask = NDArray[np.bool_]
 
@@ -32,6 +33,7 @@ class Column:
         merged: for what is known of steps, that of all ranks from each rank's [ranks, steps], NaN where a rank lacks
             the step.
         optional: whether there are files of the current version without it.
+        singular: what it is called in a table with a row per step and layer; None where it is not in it.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Column:
     absent: Callable[[Mask], Any] | None = None
     merged: Callable[[Floats], Floats] | None = None
     optional: bool = False
+    singular: str | None = None
 
     def at(self, value: Any, mask: Mask) -> Any:
         """That of some steps alone."""
@@ -125,15 +128,24 @@ def _of_one_clock(parts: Floats) -> Floats:
 #: In the order of the arrays in a file. How rows, `totals` and `averages` merge, `noesis.distributed` knows.
 COLUMNS = (
     Column("values", ("steps", "layers", "stats"), float),
-    Column("steps", ("steps",), int, known=layout.NUMBER, merged=_alike),
-    Column("order", ("steps", "layers"), int, field=layout.ORDER, absent=_in_turn),
-    Column("calls", ("steps", "layers"), int, field=layout.CALLS, absent=_once),
+    Column("steps", ("steps",), int, known=layout.NUMBER, merged=_alike, singular="step"),
+    Column("order", ("steps", "layers"), int, field=layout.ORDER, absent=_in_turn, singular="order"),
+    Column("calls", ("steps", "layers"), int, field=layout.CALLS, absent=_once, singular="calls"),
     Column("totals", ("layers", "stats"), float),
     Column("averages", ("layers", 3), float),
-    Column("timesteps", ("steps",), float, known=layout.TIMESTEP, absent=_nan, merged=_alike),
-    Column("batches", ("steps",), int, known=layout.BATCH, absent=_zero, merged=_added),
-    Column("branches", ("steps",), str, known=layout.BRANCH, absent=_nameless, merged=_alike),
-    Column("seconds", ("steps",), float, known=layout.SECONDS, absent=_nan, merged=_of_one_clock, optional=True),
+    Column("timesteps", ("steps",), float, known=layout.TIMESTEP, absent=_nan, merged=_alike, singular="timestep"),
+    Column("batches", ("steps",), int, known=layout.BATCH, absent=_zero, merged=_added, singular="batch_size"),
+    Column("branches", ("steps",), str, known=layout.BRANCH, absent=_nameless, merged=_alike, singular="branch"),
+    Column(
+        "seconds",
+        ("steps",),
+        float,
+        known=layout.SECONDS,
+        absent=_nan,
+        merged=_of_one_clock,
+        optional=True,
+        singular="seconds",
+    ),
 )
 
 
@@ -228,4 +240,33 @@ def from_file(
             found[column.name] = column.absent(found["values"][..., stats.index("count")] > 0)
         else:
             found[column.name] = column.read(header[name] if text else arrays.pop(name), sizes, name)
+    return found
+
+
+# ---------------------------------------------------------------- as a table
+
+
+def to_table(trace: Recorded) -> dict[str, Cells]:
+    """The columns of a table with a row per step and layer: what is known of the step, then of the layer in it."""
+    layers = len(trace.layers)
+    of_steps: dict[str, Cells] = {}
+    of_layers: dict[str, Cells] = {"layer": trace.layers * len(trace)}
+    for column in COLUMNS:
+        value = getattr(trace, column.name)
+        if column.singular is None:
+            continue
+        if "layers" in column.axes:
+            of_layers[column.singular] = value.ravel()
+        elif column.dtype is str:
+            of_steps[column.singular] = [name for name in value for _ in range(layers)]
+        else:
+            of_steps[column.singular] = value.repeat(layers)
+    return of_steps | of_layers | _of_statistics(trace)
+
+
+def _of_statistics(trace: Recorded) -> dict[str, Cells]:
+    found: dict[str, Cells] = {}
+    for place, name in enumerate(trace.stats):
+        values = trace.values[..., place].ravel()
+        found[name] = values.astype(np.int64) if name in COUNTS and np.isfinite(values).all() else values
     return found

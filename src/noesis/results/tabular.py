@@ -18,7 +18,7 @@ from ..text import csv_quoting
 if TYPE_CHECKING:
     import pandas
 
-#: Numbers as an array, texts as a list; None where there is no value.
+#: Of one column: numbers as an array, texts as a list; None where there is no value.
 Cells = NDArray[Any] | list[Any]
 
 #: What a spreadsheet would run as a formula; and what looks like one that was made harmless.
@@ -88,8 +88,8 @@ class Tabular:
         raise NotImplementedError
 
 
-def _as_list(column: Cells) -> list[Any]:
-    return column.tolist() if isinstance(column, np.ndarray) else column
+def _as_list(cells: Cells) -> list[Any]:
+    return cells.tolist() if isinstance(cells, np.ndarray) else cells
 
 
 def _harmless(value: Any) -> Any:
@@ -97,8 +97,8 @@ def _harmless(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
 
 
-def _of_one_kind(column: Cells) -> Cells:
+def _of_one_kind(cells: Cells) -> Cells:
     """Numbers of which some are missing as numbers."""
-    if isinstance(column, np.ndarray) or None not in column or any(isinstance(value, str) for value in column):
-        return column
-    return np.array([np.nan if value is None else value for value in column], dtype=np.float64)
+    if isinstance(cells, np.ndarray) or None not in cells or any(isinstance(value, str) for value in cells):
+        return cells
+    return np.array([np.nan if value is None else value for value in cells], dtype=np.float64)

@@ -16,10 +16,10 @@ from ..files import v01
 from ..kernels import layout, rows
 from ..numerics import Floats, Ints
 from ..text import counted, plain, table
-from .columns import COLUMNS, from_file, to_arrays, to_header, whole
+from .columns import COLUMNS, from_file, to_arrays, to_header, to_table, whole
 from .saved import Saved
 from .soulprint import Soulprint
-from .statistics import ALWAYS, COUNTS, OPTIONAL, fields_of, stats_of
+from .statistics import ALWAYS, OPTIONAL, fields_of, stats_of
 from .tabular import Cells, Tabular
 
 if TYPE_CHECKING:
@@ -347,20 +347,7 @@ class Trace(Saved, Tabular):
     # ------------------------------------------------------------ showing
 
     def _columns(self) -> dict[str, Cells]:
-        steps, layers = len(self.steps), len(self.layers)
-        found: dict[str, Cells] = {
-            "step": self.steps.repeat(layers),
-            "timestep": self.timesteps.repeat(layers),
-            "branch": [branch for branch in self.branches for _ in self.layers],
-            "batch_size": self.batches.repeat(layers),
-            "layer": self.layers * steps,
-            "order": self.order.ravel(),
-            "calls": self.calls.ravel(),
-        }
-        for name in self.stats:
-            values = self[name].ravel()
-            found[name] = values.astype(np.int64) if name in COUNTS and np.isfinite(values).all() else values
-        return found
+        return to_table(self)
 
     def plot(self, stat: str = "std", path: files.PathLike | None = None) -> Figure:
         """A heat map of one statistic, steps across and layers down; needs the extra `viz`."""
