@@ -102,7 +102,7 @@ def test_the_ring_and_every_nth_step(way: str) -> None:
 def test_the_latest_step_alone_and_what_is_called_between_forwards() -> None:
     timed = Timed(noesis.wrap(small(), layers="all"))
     timed(3)
-    timed.wrapped.model[0](torch.ones(1, 4))  # of a step that has not begun
+    timed.wrapped.observed_model[0](torch.ones(1, 4))  # of a step that has not begun
     trace = timed.wrapped.trace()
     assert trace.steps.tolist() == [0, 1, 2, 3]
     assert np.isnan(trace.seconds).tolist() == [False, False, False, True]

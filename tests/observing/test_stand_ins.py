@@ -78,7 +78,7 @@ def test_alarms_and_logs_see_what_peft_generates(tmp_path: Any) -> None:
     assert wrapped.log_to(tmp_path / "run.jsonl")["noesis/layers/ran"] == 3
     assert alarms.check() == []
     with torch.no_grad():
-        wrapped.model.base_model.model.model.layers[1].mlp.down_proj.weight.fill_(math.nan)
+        wrapped.observed_model.base_model.model.model.layers[1].mlp.down_proj.weight.fill_(math.nan)
     wrapped.generate(input_ids=IDS, max_new_tokens=2, min_new_tokens=2, do_sample=False)
     alarms.check()
     assert [(alarm.layer, alarm.step) for alarm in found] == [("base_model.model.model.layers.1", 3)]
@@ -91,7 +91,11 @@ def test_training_and_generating_in_turns_and_inner_models_called_by_loops() -> 
         wrapped(input_ids=IDS, labels=IDS).loss.backward()
         wrapped.generate(input_ids=IDS, max_new_tokens=2, min_new_tokens=2, do_sample=False)
         want += [14.0, 14.0, 2.0]
-    inner = [wrapped.model.base_model, wrapped.model.base_model.model, wrapped.model.base_model.model.base_model]
+    inner = [
+        wrapped.observed_model.base_model,
+        wrapped.observed_model.base_model.model,
+        wrapped.observed_model.base_model.model.base_model,
+    ]
     for length, model in enumerate([*inner, *inner], start=1):
         model(input_ids=IDS[:, :length])[0].sum().backward()
         want.append(2.0 * length)
@@ -112,7 +116,7 @@ def test_prompt_tuning_and_a_sequence_to_sequence_model_inside_of_peft() -> None
     settings = peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8)
     wrapped = noesis.wrap(peft.get_peft_model(build("llama"), settings).eval())
     wrapped.generate(input_ids=IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    assert tokens(wrapped.trace(), wrapped.layers[0], 32) == [20, 2, 2]
+    assert tokens(wrapped.trace(), wrapped.observed_layers[0], 32) == [20, 2, 2]
     settings = peft.LoraConfig(target_modules=["q"], task_type="SEQ_2_SEQ_LM")
     wrapped = noesis.wrap(peft.get_peft_model(t5(), settings).eval())
     for _ in range(2):
@@ -177,8 +181,8 @@ def test_blip2_generates_token_by_token(gradients: bool) -> None:
         wrapped.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
         wrapped(**inputs)
         want += [ALL, *[LAST] * (count - 1), ALL]
-    wrapped.model.language_model(inputs["input_ids"])
-    wrapped.model.language_model(inputs["input_ids"])
+    wrapped.observed_model.language_model(inputs["input_ids"])
+    wrapped.observed_model.language_model(inputs["input_ids"])
     trace = wrapped.trace()
     assert trace.calls.tolist() == [*want, LAST, LAST]
     assert trace.samples[0].calls.tolist() == trace.calls.tolist()
@@ -194,7 +198,7 @@ def test_llava_generates_token_by_token_and_its_towers_can_be_called() -> None:
     assert calls == [vision, *[last] * 4]
     assert min(vision) == 1
     for _ in range(2):
-        wrapped.model.base_model(**inputs)
+        wrapped.observed_model.base_model(**inputs)
     assert wrapped.trace().calls.tolist() == [*calls, vision, vision]
     wrapped.reset()
     for _ in range(3):
@@ -315,7 +319,7 @@ def test_a_loop_over_a_part_has_a_step_for_each_call() -> None:
 
 def test_a_part_and_then_the_model_are_one_step() -> None:
     wrapped = noesis.wrap(Seeing())
-    wrapped.model.vision_tower(X)
+    wrapped.observed_model.vision_tower(X)
     wrapped(X)
     wrapped(X)
     assert wrapped.trace().calls.tolist() == [[2, 2, 1, 1], [1, 1, 1, 1]]
@@ -358,14 +362,14 @@ def test_the_inner_model_of_a_wrapper_with_a_head() -> None:
     found: list[noesis.Alarm] = []
     alarms = noesis.Alarms(wrapped, found.append)
     for _ in range(3):  # with the head of the model, or another
-        wrapped.model.head(wrapped.model.base_model(X)).sum().backward()
-        wrapped.model.base_model(X).sum().backward()
+        wrapped.observed_model.head(wrapped.observed_model.base_model(X)).sum().backward()
+        wrapped.observed_model.base_model(X).sum().backward()
     assert wrapped.trace().calls.tolist() == [[1, 1, 1], [1, 1, 0]] * 3
     assert wrapped.gradients().calls.tolist() == [[1, 1, 1], [1, 1, 0]] * 3
-    nn.init.constant_(wrapped.model.head.weight, math.nan)
-    hidden = wrapped.model.base_model(X)
+    nn.init.constant_(wrapped.observed_model.head.weight, math.nan)
+    hidden = wrapped.observed_model.base_model(X)
     assert alarms.check() == []
-    wrapped.model.head(hidden)
+    wrapped.observed_model.head(hidden)
     alarms.check()
     assert [(alarm.layer, alarm.step) for alarm in found] == [("head", 6)], "it came after the step was looked at"
 
@@ -377,7 +381,7 @@ def test_layers_that_are_called_one_by_one() -> None:
         x = X
         for layer in model:
             x = layer(x)
-    assert wrapped.trace().calls.tolist() == [[1] * len(wrapped.layers)] * 3
+    assert wrapped.trace().calls.tolist() == [[1] * len(wrapped.observed_layers)] * 3
 
 
 def test_every_copies_pauses_and_runs() -> None:
@@ -401,7 +405,7 @@ def test_surprise_of_what_a_part_computed_alone() -> None:
     wrapped.calibrate([{"input_ids": prompts(rows=8, seed=seed)} for seed in range(16)])
     wrapped(input_ids=IDS)
     want = wrapped.surprise()
-    wrapped.model.base_model(input_ids=IDS)
+    wrapped.observed_model.base_model(input_ids=IDS)
     assert wrapped.surprise().score.tolist() == want.score.tolist()
     assert wrapped.surprise().p_value.shape == (2,)
 
@@ -421,7 +425,7 @@ def test_an_inner_model_that_is_compiled() -> None:
     inner = torch.compile(model.body, backend="eager", fullgraph=True)
     for _ in range(3):
         inner(X)
-    names = wrapped.layers
+    names = wrapped.observed_layers
     assert wrapped.trace().calls.tolist() == [[1] * len(names)] * 3
     outer = torch.compile(model, backend="eager", fullgraph=True)
     for _ in range(2):

@@ -62,6 +62,7 @@ class Bank:
                 stays(tensor)
             self._view()
         self.active_before: Tensor | int = 1
+        self.sample_timesteps: Tensor | None = None  # [capacity + 1, samples], once a step's samples had their own
         self.routes: RouteBank | None = None
 
     @property
@@ -92,17 +93,35 @@ class Bank:
 
     def begin(self, timestep: Tensor | float | None, branch: int, batch: int) -> None:
         """Start a step."""
+        timestep, each = of_step(timestep, batch)
         if self.arrays is not None and not torch.compiler.is_compiling():
             stepping.begin_cpu(_number(timestep), branch, batch, *self.arrays)
         else:
             begin = torch.ops.noesis.begin if torch.compiler.is_compiling() else stepping.begin_anywhere
             value = self._on_device(timestep)
             begin(value, branch, batch, self.slab, self.totals, self.steps, self.control, self.scratch)
+        if self.samples and not torch.compiler.is_compiling():
+            self._keep_each(each)
         if self.routes is not None:
             self.routes.begin(self.control)
 
+    def _keep_each(self, each: Tensor | None) -> None:
+        """The timesteps of the step's samples, where they have their own."""
+        if self.sample_timesteps is None:
+            if each is None:
+                return
+            self.sample_timesteps = torch.full((self.capacity + 1, len(each)), torch.nan, device=self.device)
+        row = self.sample_timesteps.new_full((1, self.sample_timesteps.shape[1]), torch.nan)
+        if each is not None:
+            more = max(0, len(each) - row.shape[1])
+            row = torch.nn.functional.pad(row, (0, more), value=torch.nan)
+            self.sample_timesteps = torch.nn.functional.pad(self.sample_timesteps, (0, more), value=torch.nan)
+            row[0, : len(each)] = each
+        self.sample_timesteps.index_copy_(0, self.control[SLOT : SLOT + 1], row)
+
     def describe(self, timestep: Tensor | float | None, branch: int, batch: int) -> None:
         """Say what is known of the latest step, which began before it was known."""
+        timestep, _ = of_step(timestep, batch)
         if self.arrays is not None:
             steps, control = self.arrays[2:]
             if control[ACTIVE]:
@@ -117,7 +136,7 @@ class Bank:
 
     def _on_device(self, timestep: Tensor | float | None) -> Tensor:
         if isinstance(timestep, Tensor):
-            return timestep.detach().reshape(-1)[0]  # pipelines repeat it over the batch
+            return timestep.to(self.no_timestep.dtype)
         if timestep is None:
             return self.no_timestep
         # Not torch.full, of which compiled code would make one graph per value.
@@ -170,6 +189,7 @@ class Bank:
         """Forget all steps; the tensors stay where compiled code and graphs know them."""
         for tensor in (self.slab, self.totals, self.steps, self.scratch):
             tensor.zero_()
+        self.sample_timesteps = None
         for field in (FORWARDS, OBSERVED, SEQUENCE, FOLDED):
             self.control[field] = 0
         self.control[SLOT], self.control[ACTIVE] = self.capacity, self.control[ENABLED]
@@ -200,6 +220,21 @@ class Bank:
 
 
 def _number(timestep: Tensor | float | None) -> float:
-    if isinstance(timestep, Tensor):
-        timestep = timestep.detach().reshape(-1)[0]  # pipelines repeat it over the batch
     return np.nan if timestep is None else float(timestep)
+
+
+def of_step(timestep: Tensor | float | None, batch: int) -> tuple[Tensor | float | None, Tensor | None]:
+    """The timestep of a step [], NaN where its samples have different ones, and those of its samples [batch].
+
+    A sample whose tokens or frames have timesteps of their own (a conditioned frame has 0) has the largest of them.
+    Where all are one number that was repeated, or there is one, samples have none of their own.
+    """
+    if not isinstance(timestep, Tensor):
+        return timestep, None
+    timestep = timestep.detach()
+    if timestep.numel() == 1 or not any(timestep.stride()):  # pipelines expand it over the batch
+        return timestep.reshape(-1)[0], None
+    samples = batch if timestep.numel() % batch == 0 else 1
+    each = timestep.reshape(samples, -1).amax(1).float()
+    largest = each.amax()
+    return torch.where(each.amin() == largest, largest, torch.nan), each

@@ -23,6 +23,7 @@ class Reading:
     totals: Floats  # [1 + samples, layers, TOTALS], over all steps of the run
     dropped: int  # steps the ring no longer holds
     forwards: int  # that have begun
+    timesteps: Floats  # [steps, samples], NaN where a sample has none of its own
 
 
 def read_banks(banks: list[Bank], clock: Clock, since: int | None = None) -> Reading:
@@ -40,6 +41,12 @@ def read_banks(banks: list[Bank], clock: Clock, since: int | None = None) -> Rea
         samples = max(bank.samples for bank in banks)
         fetched = [_padded(bank.held(None if since is None else [*slots, capacity]), 1, samples) for bank in banks]
         totals = np.stack([_padded(bank.totals.cpu().numpy().astype(np.float64), 0, samples) for bank in banks])
+        timesteps = np.full((capacity + 1, samples), np.nan)
+        for bank in banks:
+            if bank.sample_timesteps is not None:
+                own = bank.sample_timesteps[:, :samples].cpu().numpy()
+                there = timesteps[:, : own.shape[1]]
+                there[...] = np.where(np.isnan(own), there, own)
     every_row = rows.combine(np.stack(fetched))
     clock.settle(int(control[FORWARDS]))
     steps = np.concatenate([steps[slots], [[control[FORWARDS], np.nan, -1, 0]]])
@@ -53,7 +60,8 @@ def read_banks(banks: list[Bank], clock: Clock, since: int | None = None) -> Rea
     fresh = max(0, folded - dropped)
     whole = add_steps(merge_totals(totals), held[fresh:])
     with_whole(held[:fresh].swapaxes(0, 1))
-    return Reading(steps, held, whole, dropped, int(control[FORWARDS]))
+    timesteps = np.concatenate([timesteps[slots], timesteps[:1] * np.nan])[: len(steps)]
+    return Reading(steps, held, whole, dropped, int(control[FORWARDS]), timesteps)
 
 
 def _padded(array: Floats, axis: int, samples: int) -> Floats:

@@ -437,7 +437,10 @@ class Recorder:
                 self.evidence.say_open(self.names[int(calls.argmax())], int(calls.max()))
 
         def one(row: int) -> Trace:
-            fields, totals = reading.rows[:, row], reading.totals[row]
+            fields, totals, known = reading.rows[:, row], reading.totals[row], from_known(reading.steps, self.branches)
+            if row:
+                own = reading.timesteps[:, row - 1]
+                known["timesteps"] = np.where(np.isnan(own), known["timesteps"], own)
             return Trace(
                 values=stats_of(fields, stats),
                 layers=list(self.names),
@@ -448,7 +451,7 @@ class Recorder:
                 unmeasured=dict(self.unmeasured),
                 meta=dict(self.meta),
                 **from_rows(fields),
-                **from_known(reading.steps, self.branches),
+                **known,
             )
 
         whole = one(0)
