@@ -53,7 +53,7 @@ def _seed() -> None:
 #: Folders and files whose tests run on every supported torch, by `tools/try_torch.py`: they need no other library.
 CORE = {
     *("contexts", "internals", "kernels", "test_robustness", "test_codebooks", "test_surprise", "test_capture"),
-    *("test_clock", "test_compile", "test_gradients", "test_observing", "test_off", "test_recorder"),
+    *("test_breaks", "test_clock", "test_compile", "test_gradients", "test_observing", "test_off", "test_recorder"),
 }
 
 

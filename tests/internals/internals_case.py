@@ -219,6 +219,27 @@ def compiled(noesis: Any) -> Iterator[tuple[str, bool]]:
     wrapped.unwrap()
 
 
+class Broken(Net):
+    """The same, in several graphs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        torch._dynamo.graph_break()
+        return self.third(self.second(x).sin())
+
+
+def broken(noesis: Any) -> Iterator[tuple[str, bool]]:
+    for gradients in (False, True):
+        torch._dynamo.reset()
+        wrapped = noesis.wrap(Broken(), layers="linear", gradients=gradients)
+        shell = torch.compile(wrapped.observed_model, backend="eager")
+        yield "where graphs break, nothing changes", equal(train(shell), train(Net()))
+        shell(x)
+        yield "where graphs break, rows are right", right(reading(wrapped), 2)
+    found = wrapped.gradients()
+    yield "gradients are there or named", set(found.never_ran) <= set(found.unmeasured)
+
+
 def spread(noesis: Any) -> Iterator[tuple[str, bool]]:
     folder = tempfile.TemporaryDirectory()
     dist.init_process_group("gloo", init_method=f"file://{folder.name}/group", rank=0, world_size=1)
@@ -250,7 +271,7 @@ def problems(taken: tuple[str, ...], place: Any) -> list[str]:
     found: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for part in (eager, recomputed, traced, compiled, spread):
+        for part in (eager, recomputed, traced, compiled, broken, spread):
             try:
                 found += [f"not so: {what}" for what, holds in part(noesis) if not holds]
             except Exception as error:  # noqa: PERF203  there are few parts

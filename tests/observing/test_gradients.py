@@ -381,14 +381,44 @@ def test_compiled_code_gives_none_and_says_so() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it traces
 def test_layers_of_a_compiled_block_are_named() -> None:
-    model = nn.Sequential(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), nn.Linear(3, 1))
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x).relu()
+
+    model = nn.Sequential(Block(), nn.Linear(3, 1))
     wrapped = noesis.wrap(model, layers="all", gradients=True)
     model[0].compile(backend="eager", fullgraph=True)
     wrapped(torch.ones(1, 2)).sum().backward()
     found = wrapped.gradients()
-    assert found["count"].tolist() == [[3, 0, 0, 1]]
-    assert list(found.unmeasured) == ["0.0", "0.1"]
-    assert "compiled code gives none" in found.unmeasured["0.0"]
+    assert found["count"].tolist() == [[3, 0, 1]]
+    assert list(found.unmeasured) == ["0.inner"]
+    assert "compiled code gives none" in found.unmeasured["0.inner"]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # from Dynamo itself
+def test_a_layer_of_which_only_some_calls_are_compiled_is_named(fresh_dynamo: None) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(self.apart(x))
+
+        @torch.compiler.disable
+        def apart(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    wrapped = noesis.wrap(nn.Sequential(Twice()), layers="0.inner", gradients=True)
+    torch.compile(wrapped.observed_model, backend="eager")(torch.ones(1, 2)).sum().backward()
+    assert wrapped.trace().calls.tolist() == [[2]]
+    found = wrapped.gradients()
+    assert found.calls.tolist() == [[1]]
+    assert found.unmeasured == {"0.inner": "1 gradients of 2 calls: compiled code gives none"}
 
 
 def test_outputs_that_cannot_be_measured_are_named() -> None:

@@ -10,14 +10,13 @@ from .calls import CALL, CALL_IMPL, called_as_any
 from .compiling import (
     LISTENERS,
     compiled,
-    emitted,
-    emitting,
     foreign,
     inside,
     rebind,
     set_size,
     size_of,
     stays,
+    times_traced,
     traced_for_export,
 )
 from .cuda import current_device, raw_stream
@@ -36,8 +35,6 @@ __all__ = [
     "current_device",
     "device_kinds",
     "disturbed",
-    "emitted",
-    "emitting",
     "foreign",
     "inlined",
     "inside",
@@ -56,6 +53,7 @@ __all__ = [
     "stays",
     "storageless",
     "stream_index",
+    "times_traced",
     "traced_by_fx",
     "traced_by_jit",
     "traced_for_export",

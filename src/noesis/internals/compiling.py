@@ -65,6 +65,14 @@ class Listener(Protocol):
 LISTENERS: weakref.WeakValueDictionary[str, Listener] = weakref.WeakValueDictionary()
 
 
+_traced = 0
+
+
+def times_traced() -> int:
+    """How often Dynamo came by an observed module, to run it compiled."""
+    return _traced
+
+
 def traced_for_export(key: str) -> bool:
     """Whether it is `torch.export` that traces: what it writes runs where there is no noesis, and is not observed.
 
@@ -74,7 +82,9 @@ def traced_for_export(key: str) -> bool:
     """
     if is_dynamo_compiling():  # traced after all
         return False
+    global _traced  # noqa: PLW0603  one of the process
     exporting = _exporting()
+    _traced += not exporting
     dynamo_at_work()
     _mark_early()
     listener = LISTENERS.get(key)
@@ -84,22 +94,6 @@ def traced_for_export(key: str) -> bool:
 
 
 traced_for_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-_emitted = 0
-
-
-def emitting() -> None:
-    """Compiled code measures a tensor: called while Dynamo traces it, as above."""
-    global _emitted  # noqa: PLW0603  one of the process
-    _emitted += 1
-
-
-emitting._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def emitted() -> int:
-    """How often that was traced."""
-    return _emitted
 
 
 def _exporting() -> bool:

@@ -1,6 +1,6 @@
 """Functions that Dynamo is not to compile by themselves.
 
-Where a graph breaks, Dynamo runs the rest in Python and compiles each function that is called there. Of one that
+Where a graph breaks, Dynamo runs the rest in Python, and compiles each function that is called there. Of one that
 measures tensors on the host it would make graphs that keep the numbers of the forward they were made in.
 """
 
@@ -47,50 +47,19 @@ def dynamo_at_work() -> None:
 
 
 def passed_over(function: F) -> F:
-    """Have Dynamo treat a function as torch's `Module.__call__`: inlined, or called in Python, never compiled alone.
-
-    Example:
-        >>> import torch
-        >>> from noesis.internals import passed_over
-        >>> @passed_over
-        ... def compiled(inside):
-        ...     return torch.compiler.is_compiling(), inside()
-        >>> torch.compile(compiled, backend="eager")(lambda: torch.compiler.is_compiling())
-        (False, True)
-    """
+    """Have Dynamo call a function as torch's `Module.__call__`: inlined, or in Python, compiling what it calls."""
     if _leave is not None:
         _leave(function.__code__, *_ALONE)
     return function
 
 
 def inlined(function: F) -> F:
-    """Have Dynamo compile a function only within what calls it, and what it calls likewise.
-
-    Example:
-        >>> import torch
-        >>> from noesis.internals import inlined
-        >>> @inlined
-        ... def compiled():
-        ...     return torch.compiler.is_compiling()
-        >>> inlined = torch.compile(lambda: compiled(), backend="eager", fullgraph=True)
-        >>> inlined(), torch.compile(compiled, backend="eager")()
-        (True, False)
-    """
+    """Have Dynamo compile a function only within what calls it, and what it calls likewise."""
     return _left_alone(function, inline=True)
 
 
 def untraced(function: F) -> F:
-    """Have Dynamo compile neither a function nor what it calls: compiled code breaks there, and calls it in Python.
-
-    Example:
-        >>> import torch
-        >>> from noesis.internals import untraced
-        >>> @untraced
-        ... def compiled():
-        ...     return torch.compiler.is_compiling()
-        >>> torch.compile(lambda: compiled(), backend="eager")()
-        False
-    """
+    """Have Dynamo compile neither a function nor what it calls: compiled code breaks there, and calls it in Python."""
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     return _left_alone(function, inline=False)
 

@@ -13,7 +13,7 @@ from ..text import counted
 class Evidence:
     """Forwards of a run that the host heard of, in other ways than by the marks they leave."""
 
-    emitted: bool = False  # whether Dynamo compiled layers within a forward that the host began
+    inside: bool = False  # whether Dynamo compiled layers inside a forward that the host began
     compiled_at: int | None = None  # eager forwards by the time that Dynamo last traced the model to run it
     passed: dict[str, int] = field(default_factory=dict)  # forwards that were none of ours, by reason
     calls: int = 0  # of the container
@@ -22,7 +22,7 @@ class Evidence:
 
     def afresh(self) -> Evidence:
         """That of the next run."""
-        return Evidence(emitted=self.emitted, unreached=self.unreached)
+        return Evidence(inside=self.inside, unreached=self.unreached)
 
     def passed_by(self, why: str) -> None:
         """A forward of the root was none of ours."""
@@ -41,7 +41,7 @@ class Evidence:
         """
         if self.compiled_at == eager == forwards:  # neither eager nor compiled forwards since
             return "the model was compiled, and no forward of what was made of it left a mark"
-        if self.emitted and forwards and not measured:
+        if self.inside and forwards and not measured:
             return "layers were compiled, and none of them left a mark"
         if forwards == 0 and self.passed:
             told = ", ".join(f"{times} {what}" for what, times in self.passed.items())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NoesisError, WrongState
-from ..internals import LISTENERS, emitted, emitting, set_size, size_of, stays, undisturbed
+from ..internals import LISTENERS, set_size, size_of, stays, times_traced, undisturbed, untraced
 from ..kernels import layout
 from ..kernels.layout import CONTROL, EVERY, FOLD, FORWARDS, OBSERVED
 from ..kernels.stepping import Clock
@@ -70,7 +70,7 @@ class Recorder:
         self.switch = Switch()
         self.on_device = False  # whether forwards may run that the host does not see: compiled, or in a CUDA graph
         self.batch: int | None = None  # of the forward that is running; None between forwards
-        self.emitted = 0  # what Dynamo had traced when the forward began
+        self.times_traced = 0  # when the forward began
         self.branches: list[str] = []
         self.branch: str | None = None
         self.unmeasured: dict[str, str] = {}
@@ -128,7 +128,7 @@ class Recorder:
             now, capturing = perf_counter(), self.capturing()
             joins = self.stand_ins.joins()
             self._leave_out(self.left_out if joins else self._leaves_out(capturing))
-            self.emitted = emitted()
+            self.times_traced = times_traced()
         name = self.branch
         if name is None and not compiling and self.branch_of is not None:
             name = self.branch_of(batch)
@@ -156,7 +156,7 @@ class Recorder:
         self.inside = True
         now, capturing = perf_counter(), self.capturing()
         self._leave_out(self._leaves_out(capturing) if begins else self.left_out)
-        self.emitted = emitted()
+        self.times_traced = times_traced()
         if begins:
             for bank in self.banks:
                 bank.begin(None, -1, batch)
@@ -192,7 +192,7 @@ class Recorder:
         if not torch.compiler.is_compiling():
             self.skipping = False
             self._settle()
-            self.evidence.emitted |= self.emitted != emitted()
+            self.evidence.inside |= self.times_traced != times_traced()
         self.size(None)
         self.inside = inside
         if self.off_record is not None:
@@ -219,7 +219,6 @@ class Recorder:
         position = self._position(x.device)
         bank = self.banks[position]
         samples = self._samples(x, bank) if self.per_sample else 0
-        emitting()
         bank.emit(x, places[position], samples, self.count_zeros)
 
     def keep(self, channel: Channel, x: Tensor) -> None:
@@ -300,7 +299,7 @@ class Recorder:
 
     def runs_compiled(self) -> bool:
         """Whether compiled code measures layers, as far as is known."""
-        return self.on_device or self.evidence.emitted
+        return self.on_device or self.evidence.inside
 
     def capturing(self) -> bool:
         """Whether a CUDA graph is being captured, which runs again without the host."""
@@ -320,6 +319,7 @@ class Recorder:
 
     # ------------------------------------------------------------ control and reading
 
+    @untraced
     def pause(self, paused: bool) -> None:
         """Stop observing, or go on."""
         if paused == self.paused:
@@ -355,6 +355,7 @@ class Recorder:
             if self.channels is not None:
                 self.channels.forget()
 
+    @untraced
     def set_every(self, every: int) -> None:
         """Observe every n-th forward from now on; compiled code and graphs read it on the device."""
         with undisturbed():
@@ -364,6 +365,7 @@ class Recorder:
         if self.gradients is not None:
             self.gradients.set_every(every)
 
+    @untraced
     def reset(self, meta: dict[str, Any]) -> None:
         """Forget the run and start another one."""
         with undisturbed():
@@ -403,6 +405,7 @@ class Recorder:
             self.branches.append(branch)
         self.branch = branch
 
+    @untraced
     def forward_counts(self) -> tuple[int, int]:
         """Forwards that have begun in this run, and how many of them were observed; waits for the device."""
         with undisturbed():
@@ -413,6 +416,7 @@ class Recorder:
         """Everything known, or of forward `since` and later ones; waits for the device."""
         return read_banks(self.banks, self.clock, since)
 
+    @untraced
     def routes(self) -> Routes:
         """What the routers chose."""
         if not self.routers:
@@ -424,6 +428,7 @@ class Recorder:
         return read_routes(self.routers, counted, steps, control, unmeasured=self.unrouted, meta=self.meta)
 
     @np.errstate(over="ignore", invalid="ignore")  # rows of float64 outputs may hold infinities
+    @untraced
     def trace(self, since: int | None = None) -> Trace:
         """What is known, as a trace, or of forward `since` and later ones alone, which reads no more than these."""
         reading, stats = self.read(since), self.stats

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import BadType, BadValue, NoesisError, NoesisWarning
+from ..internals import untraced
 from ..numerics import Ints
 from ..observing import Recorder
 from ..results import Trace
@@ -161,6 +162,7 @@ class Alarms:
         self._spreading = False  # whether gradients had, and no forward without them has shown that they had no effect
         self._came_from: tuple[int, str] | None = None  # the step and the layer of the gradient that was first
 
+    @untraced
     def check(self, step: int | None = None) -> list[Alarm]:
         """Look at the observed forwards since the last check; waits for the device.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import files
 from ..distributed import calibrate_over
 from ..errors import BadType, BadValue, NoesisWarning, NotThere
-from ..internals import undisturbed
+from ..internals import undisturbed, untraced
 from ..kernels.layout import FORWARDS
 from ..observing import Channels, Recorder
 from ..results import Surprise
@@ -131,6 +131,7 @@ at 0.0099; 2 layers and the logits)
         found: Calibration | None = self._yield("calibration", lambda: self._scorer().calibration)
         return found
 
+    @untraced
     def surprise(self) -> Surprise:
         """How strange each sample of the latest forward is; forwards inside `paused()` do not count.
 
@@ -159,6 +160,7 @@ at 0.0099; 2 layers and the logits)
                 stacklevel=3,
             )
 
+    @untraced
     def ambiguity(self, **weights: Any) -> Ambiguity:
         """Nervecode's measures of the latest forward; see `Ambiguity` for the arguments."""
         scorer = self._scorer()

@@ -13,7 +13,7 @@ from torch import nn
 from ..distributed import merge_over
 from ..errors import BadValue, NoesisError, WrongState
 from ..files import writer
-from ..internals import compiled, rebind, undisturbed
+from ..internals import compiled, passed_over, rebind, undisturbed, untraced
 from ..layers import named_layers
 from ..observing import Recorder, Weights, detach, site_of
 from ..results import STATS, ParameterNorms, Routes, Soulprint, Trace, scalars, under
@@ -85,6 +85,7 @@ class Wrapped(WithCodebooks, nn.Module):  # type: ignore[override]  # forward is
         check_numbers(every=every)
         self._recorder.set_every(every)
 
+    @untraced
     def trace(self, *, group: ProcessGroup | None = None, timeout: float = 60.0) -> Trace:
         """What happened since the run began: statistics per step and layer.
 
@@ -99,6 +100,7 @@ class Wrapped(WithCodebooks, nn.Module):  # type: ignore[override]  # forward is
         """
         return self._told(self._recorder.trace(), self._recorder.earlier, group, timeout)
 
+    @untraced
     def gradients(self, *, group: ProcessGroup | None = None, timeout: float = 60.0) -> Trace:
         """The same of the gradients by each layer's output, with `wrap(..., gradients=True)`.
 
@@ -177,6 +179,7 @@ class Wrapped(WithCodebooks, nn.Module):  # type: ignore[override]  # forward is
         with undisturbed():
             return merge_over(trace, earlier, group, timeout)
 
+    @untraced
     def routes(self) -> Routes:
         """Where the routers of a Mixture-of-Experts model sent the run's tokens.
 
@@ -223,6 +226,7 @@ class Wrapped(WithCodebooks, nn.Module):  # type: ignore[override]  # forward is
                 logger.warning("There are no scores of this forward: {}", error)
         return output, latest
 
+    @untraced
     def log_to(
         self,
         target: Any,
@@ -327,6 +331,7 @@ class Wrapped(WithCodebooks, nn.Module):  # type: ignore[override]  # forward is
 
     # ------------------------------------------------------------ being called
 
+    @passed_over
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model, or the pipeline."""
         output = self.observed_model(*args, **kwargs)
