@@ -310,4 +310,4 @@ def test_layers_added_after_wrapping_are_not_observed() -> None:
     trace = compare(net, train, grow, wrap_first=True, same_classes=False)
     assert not any(name.startswith("blocks.2") for name in trace.layers)
     again = compare(net, train, grow)
-    assert "blocks.2.up" in again.observed_layers
+    assert "blocks.2.up" in again.layers

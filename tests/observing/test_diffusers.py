@@ -344,16 +344,16 @@ def test_guidance_that_ends_within_the_run(pipelines: dict[str, Any]) -> None:
     assert not any(name.startswith("callback") for name in trace.meta)
 
 
-def test_three_branches_have_no_name(pipelines: dict[str, Any]) -> None:
+def test_three_branches_are_named(pipelines: dict[str, Any]) -> None:
     pipe = diffusers.StableDiffusionPAGPipeline(
         **{**pipelines["sd15"].components, "unet": copy.deepcopy(pipelines["sd15"].unet)}, pag_applied_layers="down.*"
     )
     pipe.set_progress_bar_config(disable=True)
     with wrapping(pipe) as wrapped:
         call("sd15", pipe, steps=1, pag_scale=3.0)
-        assert (wrapped.trace().branches, wrapped.trace().batches.tolist()) == ([None], [3])
+        assert (wrapped.trace().branches, wrapped.trace().batches.tolist()) == (["uncond+cond+perturbed"], [3])
         call("sd15", pipe, steps=1, pag_scale=3.0, num_images_per_prompt=2)
-        assert (wrapped.trace().branches, wrapped.trace().batches.tolist()) == ([None], [6])
+        assert (wrapped.trace().branches, wrapped.trace().batches.tolist()) == (["uncond+cond+perturbed"], [6])
 
 
 def test_a_pipeline_that_puts_the_condition_first() -> None:

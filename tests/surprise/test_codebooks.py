@@ -9,7 +9,7 @@ import torch
 from helpers.codebooks import fitted, in_float64, sample
 from noesis.kernels.coding import code_reference, directions
 from noesis.surprise import Codebook, LayerCodebook
-from noesis.surprise.codebook import shrunk
+from noesis.surprise.layer_codebook import shrunk
 
 
 def test_shrinkage_is_that_of_scikit_learn():
