@@ -55,24 +55,28 @@ def passed_over(function: F) -> F:
 
 def inlined(function: F) -> F:
     """Have Dynamo compile a function only within what calls it, and what it calls likewise."""
-    return _left_alone(function, inline=True)
+    return _left_alone(function)
 
 
 def untraced(function: F) -> F:
     """Have Dynamo compile neither a function nor what it calls: compiled code breaks there, and calls it in Python."""
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return _left_alone(function, inline=False)
+    return _left_alone(function)
 
 
-def _left_alone(function: F, *, inline: bool) -> F:
+def _left_alone(function: F) -> F:
     if _leave is not None and _WITH_ALL_BELOW:
         _leave(function.__code__, *_WITH_ALL_BELOW)
         return function
-    disabled = functools.cache(lambda: torch.compiler.disable(function))  # late, since it imports Dynamo
+
+    @functools.cache
+    @passed_over
+    def disabled() -> Any:  # late, since it imports Dynamo, which would compile this too
+        return torch.compiler.disable(function)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if inline and is_dynamo_compiling():
+        if is_dynamo_compiling():  # within what calls it
             return function(*args, **kwargs)
         return disabled()(*args, **kwargs) if _at_work else function(*args, **kwargs)
 
