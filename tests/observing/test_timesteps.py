@@ -49,6 +49,8 @@ def told(timestep: Any, batch: int = 3, **wrap: Any) -> noesis.Trace:
         (torch.tensor([[0, 900], [0, 500], [0, 0]]), np.nan, [900, 500, 0]),
         (torch.tensor([0, 900, 0, 500, 0, 0]), np.nan, [900, 500, 0]),
         (torch.tensor([0, 800, 900, 100]), 900, [900, 900, 900]),  # of no samples that could be told apart
+        (torch.tensor([2**40 + 1, 2**40 + 1, 3]), np.nan, [2**40 + 1, 2**40 + 1, 3]),
+        (torch.tensor([1, 2, 3], dtype=torch.uint16), np.nan, [1, 2, 3]),
         (None, np.nan, [np.nan] * 3),
     ],
 )
@@ -76,6 +78,17 @@ def test_samples_keep_their_timesteps_over_steps_rings_and_larger_batches() -> N
     made = copy.deepcopy(wrapped)
     made(torch.ones(2, 2), torch.tensor([1, 2]))
     assert made.trace().samples[1].timesteps.tolist() == [3, 2]
+
+
+def test_inference_mode_and_empty_batches_leave_no_trap() -> None:
+    wrapped = noesis.wrap(Denoiser(), layers="linear", per_sample=True)
+    with torch.inference_mode():
+        wrapped(torch.ones(2, 2), torch.tensor([1, 2]))
+        wrapped(torch.ones(20, 2), torch.arange(20))  # for which there was no room
+    wrapped(torch.ones(2, 2), torch.tensor([3, 4])).sum().backward()
+    assert wrapped.trace().samples[1].timesteps.tolist() == [2, 1, 4]
+    wrapped(torch.ones(0, 2), torch.tensor([3, 4]))
+    assert wrapped.trace().timesteps[-1] == 4
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -154,10 +167,16 @@ def test_perturbed_attention_guidance_names_its_branches() -> None:
 
 def test_a_cache_is_in_the_meta() -> None:
     pipe = build("flux")
-    wrapped = noesis.wrap(pipe)
+    wrapped = noesis.wrap(pipe, layers=["blocks", "linear"])
     pipe.transformer.enable_cache(diffusers.hooks.FirstBlockCacheConfig(threshold=10.0))
     call("flux", pipe, steps=2)
-    assert wrapped.trace().meta["cache"] == "FirstBlockCache"
+    trace = wrapped.trace()
+    assert trace.meta["cache"] == "FirstBlockCache"
+    left_out = [name == "transformer_blocks.1" for name in trace.layers]
+    inside = [name.startswith("transformer_blocks.1.") for name in trace.layers]
+    assert (trace.calls[:, left_out] == 1).all()
+    assert (trace.calls[1, inside] == 0).all()
+    assert (trace.calls[0, inside] == 1).all()
     pipe.transformer.disable_cache()
     call("flux", pipe, steps=1)
     assert "cache" not in wrapped.trace().meta

@@ -73,6 +73,15 @@ def test_training_is_bitwise_what_it_was() -> None:
     assert wrapped.parameter_norms().steps.tolist() == [0, 1, 2, 3, 4]
 
 
+def test_weighing_in_inference_mode_leaves_no_trap() -> None:
+    wrapped = noesis.wrap(small(), parameters=True)
+    with torch.inference_mode():
+        wrapped.weigh()
+    wrapped(torch.ones(1, 4)).sum().backward()
+    wrapped.weigh()
+    assert (wrapped.parameter_norms().update_norms[1] == 0).all()
+
+
 def test_what_is_not_there_is_nan_and_what_is_broken_is_infinite() -> None:
     model = small()
     model[0].weight.requires_grad_(False)
@@ -170,4 +179,4 @@ def test_weighing_costs_little_of_a_training_step() -> None:
         wrapped.weigh()
         training.append(between - begin)
         weighing.append(time.perf_counter() - between)
-    assert min(weighing) < 0.03 * min(training)  # 0.01 is the aim; see benchmarks/NOTES.md
+    assert min(weighing) < 0.03 * min(training)  # 0.0045 was measured, see benchmarks/NOTES.md; machines are noisy

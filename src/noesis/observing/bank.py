@@ -58,11 +58,11 @@ class Bank:
             self.control[FOLD] = self._fold() if device.type == "cpu" else 1
             self.control[SLOT] = capacity
             self.control[ENABLED] = self.control[ACTIVE] = 1
+            self.sample_timesteps = torch.full((capacity + 1, samples), torch.nan, dtype=wide, device=device)
             for tensor in (self.slab, self.totals, self.steps, self.control, self.scratch, self.no_timestep):
                 stays(tensor)
             self._view()
         self.active_before: Tensor | int = 1
-        self.sample_timesteps: Tensor | None = None  # [capacity + 1, samples], once a step's samples had their own
         self.routes: RouteBank | None = None
 
     @property
@@ -93,7 +93,7 @@ class Bank:
 
     def begin(self, timestep: Tensor | float | None, branch: int, batch: int) -> None:
         """Start a step."""
-        timestep, each = of_step(timestep, batch)
+        timestep, each = of_step(timestep, batch, self.no_timestep.dtype)
         if self.arrays is not None and not torch.compiler.is_compiling():
             stepping.begin_cpu(_number(timestep), branch, batch, *self.arrays)
         else:
@@ -106,22 +106,26 @@ class Bank:
             self.routes.begin(self.control)
 
     def _keep_each(self, each: Tensor | None) -> None:
-        """The timesteps of the step's samples, where they have their own."""
-        if self.sample_timesteps is None:
-            if each is None:
-                return
-            self.sample_timesteps = torch.full((self.capacity + 1, len(each)), torch.nan, device=self.device)
-        row = self.sample_timesteps.new_full((1, self.sample_timesteps.shape[1]), torch.nan)
+        """The timesteps of the step's samples, NaN where they have none of their own."""
+        room = self.sample_timesteps.shape[1]
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if each is not None and len(each) > room and not capturing:  # a graph writes to where the tensor was
+            self._widen(len(each))
+            room = len(each)
+        row = self.sample_timesteps.new_full((1, room), torch.nan)
         if each is not None:
-            more = max(0, len(each) - row.shape[1])
-            row = torch.nn.functional.pad(row, (0, more), value=torch.nan)
-            self.sample_timesteps = torch.nn.functional.pad(self.sample_timesteps, (0, more), value=torch.nan)
-            row[0, : len(each)] = each
+            row[0, : len(each)] = each[:room]
         self.sample_timesteps.index_copy_(0, self.control[SLOT : SLOT + 1], row)
+
+    def _widen(self, samples: int) -> None:
+        old = self.sample_timesteps
+        with torch.inference_mode(False):  # see above
+            self.sample_timesteps = old.new_full((len(old), samples), torch.nan)
+            self.sample_timesteps[:, : old.shape[1]].copy_(old)
 
     def describe(self, timestep: Tensor | float | None, branch: int, batch: int) -> None:
         """Say what is known of the latest step, which began before it was known."""
-        timestep, _ = of_step(timestep, batch)
+        timestep, _ = of_step(timestep, batch, self.no_timestep.dtype)
         if self.arrays is not None:
             steps, control = self.arrays[2:]
             if control[ACTIVE]:
@@ -189,7 +193,7 @@ class Bank:
         """Forget all steps; the tensors stay where compiled code and graphs know them."""
         for tensor in (self.slab, self.totals, self.steps, self.scratch):
             tensor.zero_()
-        self.sample_timesteps = None
+        self.sample_timesteps.fill_(torch.nan)
         for field in (FORWARDS, OBSERVED, SEQUENCE, FOLDED):
             self.control[field] = 0
         self.control[SLOT], self.control[ACTIVE] = self.capacity, self.control[ENABLED]
@@ -223,7 +227,9 @@ def _number(timestep: Tensor | float | None) -> float:
     return np.nan if timestep is None else float(timestep)
 
 
-def of_step(timestep: Tensor | float | None, batch: int) -> tuple[Tensor | float | None, Tensor | None]:
+def of_step(
+    timestep: Tensor | float | None, batch: int, dtype: torch.dtype
+) -> tuple[Tensor | float | None, Tensor | None]:
     """The timestep of a step [], NaN where its samples have different ones, and those of its samples [batch].
 
     A sample whose tokens or frames have timesteps of their own (a conditioned frame has 0) has the largest of them.
@@ -234,7 +240,7 @@ def of_step(timestep: Tensor | float | None, batch: int) -> tuple[Tensor | float
     timestep = timestep.detach()
     if timestep.numel() == 1 or not any(timestep.stride()):  # pipelines expand it over the batch
         return timestep.reshape(-1)[0], None
-    samples = batch if timestep.numel() % batch == 0 else 1
-    each = timestep.reshape(samples, -1).amax(1).float()
+    samples = batch if batch and timestep.numel() % batch == 0 else 1
+    each = timestep.to(dtype).reshape(samples, -1).amax(1)  # there are integers that torch finds no largest of
     largest = each.amax()
     return torch.where(each.amin() == largest, largest, torch.nan), each

@@ -43,10 +43,9 @@ def read_banks(banks: list[Bank], clock: Clock, since: int | None = None) -> Rea
         totals = np.stack([_padded(bank.totals.cpu().numpy().astype(np.float64), 0, samples) for bank in banks])
         timesteps = np.full((capacity + 1, samples), np.nan)
         for bank in banks:
-            if bank.sample_timesteps is not None:
-                own = bank.sample_timesteps[:, :samples].cpu().numpy()
-                there = timesteps[:, : own.shape[1]]
-                there[...] = np.where(np.isnan(own), there, own)
+            own = bank.sample_timesteps[:, :samples].cpu().numpy()
+            there = timesteps[:, : own.shape[1]]
+            there[...] = np.where(np.isnan(own), there, own)
     every_row = rows.combine(np.stack(fetched))
     clock.settle(int(control[FORWARDS]))
     steps = np.concatenate([steps[slots], [[control[FORWARDS], np.nan, -1, 0]]])

@@ -36,7 +36,8 @@ class Weights:
 
     def weigh(self, parameters: Mapping[str, Tensor], forwards: int) -> None:
         """Measure all of them as they are now, after so many forwards; does not wait for their device."""
-        with undisturbed(), torch.no_grad():
+        # Outside inference mode, whoever calls: inference tensors could not be written to later.
+        with undisturbed(), torch.inference_mode(False), torch.no_grad():
             for recorder in self.recorders:
                 recorder.begin(None, 1)
             for index, name in enumerate(self.names):
