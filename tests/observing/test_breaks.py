@@ -281,7 +281,7 @@ ORDERS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", [ORDERS[0], *(pytest.param(order, marks=pytest.mark.slow) for order in ORDERS[1:])])
 def test_in_whatever_order_they_are_wrapped_and_compiled(order: str) -> None:
     eager = noesis.wrap(seeded(mixed), layers="all")
     with torch.no_grad():
@@ -292,6 +292,12 @@ def test_in_whatever_order_they_are_wrapped_and_compiled(order: str) -> None:
         wrapped.unwrap()
         assert torch.equal(call(x), seeded(mixed)(x))
     assert len(wrapped.trace()) == 3
+
+
+def assert_same_gradients(one: nn.Module, other: nn.Module) -> None:
+    for ours, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)  # of what no branch used
+        assert ours.grad is None or torch.equal(ours.grad, theirs.grad)
 
 
 @pytest.mark.slow
@@ -308,10 +314,10 @@ def test_with_other_backends(order: str, backend: str, dynamic: bool | None) -> 
     bare = torch.compile(seeded(mixed), backend=backend, dynamic=dynamic)
     for x in batches(4, 6, 2):
         bare(x).sum().backward()
-    for one, other in zip(wrapped.observed_model.parameters(), bare.parameters(), strict=True):
-        assert torch.equal(one.grad, other.grad)
+    assert_same_gradients(wrapped.observed_model, bare)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"per_sample": 8, "stats": ("zeros", "rms")}, {"every": 2}, {"codebook": noesis.Codebook()}], ids=str
 )
@@ -341,9 +347,7 @@ def test_gradients_are_those_of_eager_code_or_named() -> None:
     for x in batches(4, 6):
         for each in (call, eager):
             each(x).square().sum().backward()
-    for one, other in zip(wrapped.observed_model.parameters(), eager.model.parameters(), strict=True):
-        assert (one.grad is None) == (other.grad is None)  # of what no branch used
-        assert one.grad is None or torch.equal(one.grad, other.grad)
+    assert_same_gradients(wrapped.observed_model, eager.observed_model)
     assert_like(wrapped.trace(), eager.trace())
     found, expected = wrapped.gradients(), eager.gradients()
     np.testing.assert_array_equal(found.steps, expected.steps)
@@ -456,7 +460,14 @@ class Net(nn.Module):
         return self.other(self.one(x).relu())
 
 
-@pytest.mark.parametrize("options", [{}, {"per_sample": 16}, {"codebook": noesis.Codebook()}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ({"per_sample": 16}, {"codebook": noesis.Codebook()})),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_as_many_compilations_as_without(dynamic: bool | None, options: dict[str, Any]) -> None:
     """When the batch changes; 4 is also a size of the recorder's own tensors."""

@@ -665,7 +665,7 @@ def test_a_compiled_denoiser(pipelines: dict[str, Any], order: str) -> None:
     assert trace.timesteps.tolist() == [667.0, 334.0, 1.0]
     assert trace.batches.tolist() == [2, 2, 2]
     assert trace.never_ran == []
-    assert trace.branches == [None] * 3  # compiled code cannot ask the pipeline
+    assert trace.branches == ["uncond+cond"] * 3
     assert trace.meta["seed"] == 7
     wrapped.unwrap()
     np.testing.assert_array_equal(call("sd15", pipe), image)

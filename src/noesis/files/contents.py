@@ -12,14 +12,14 @@ from .formats import Arrays, parse_arrays, read_header, read_json, reading_tenso
 from .versions import check_header
 
 
-@dataclass(frozen=True)
+@dataclass
 class Contents:
-    """What a file holds; of safetensors, the tensors are parsed when they are asked for.
+    """What a file holds; of safetensors, the tensors are parsed when they are asked for, once.
 
     Attributes:
         path: what errors call it.
         header: of safetensors the header that noesis wrote, of JSON the whole object.
-        data: of safetensors the bytes.
+        data: of safetensors the bytes, until they are parsed.
     """
 
     path: PathLike
@@ -39,7 +39,11 @@ class Contents:
             NoesisError: when it is of another kind or version, or tensors are broken.
         """
         header = check_header(self.header, kind, self.path)
-        return header, None if self.data is None else parse_arrays(self.data, kind, self.path)
+        if self.data is None:
+            return header, None
+        arrays = parse_arrays(self.data, kind, self.path)
+        self.data = None  # a result is made next, which may be as large as the file again
+        return header, arrays
 
 
 def read_contents(
