@@ -99,6 +99,65 @@ def test_one_percent_in_one_weight_is_the_first_divergence(llama, prompts):
     assert abs(where.b / where.a - 1) == pytest.approx(0.01, rel=1e-3)
 
 
+def forward(model, ids, layers="leaves") -> noesis.Trace:
+    wrapped = noesis.wrap(model, layers=layers, stats=["zeros", "rms"])
+    with torch.no_grad():
+        wrapped(ids)
+    trace = wrapped.trace()
+    wrapped.unwrap()
+    return trace
+
+
+COARSE = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", COARSE)
+@pytest.mark.parametrize("tokens", [3, 80])
+def test_what_a_dtype_rounds_is_no_divergence(llama, prompts, dtype, tokens):
+    for ids in prompts[:3]:
+        exact, rounded = (forward(copy.deepcopy(llama[0]).to(kind), ids[:, :tokens]) for kind in (torch.float32, dtype))
+        for a, b in ((exact, rounded), (rounded, exact), (exact, exact)):
+            assert noesis.compare(a, b).first_divergence is None
+        assert noesis.compare(exact, rounded, tolerance=1e-5).first_divergence.layer == "model.embed_tokens"
+        assert noesis.compare(exact, rounded, tolerance=1e-2).first_divergence is None
+
+
+def test_autocast_is_a_dtype_too(llama, prompts):
+    ids = prompts[0][:, :40]
+    exact = forward(llama[0], ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = forward(llama[0], ids)
+    assert (rounded.meta["dtype"], rounded.meta["autocast"]) == ("float32", "bfloat16")
+    assert noesis.compare(exact, rounded).first_divergence is None
+    assert noesis.compare(exact, rounded, tolerance=1e-5).first_divergence is not None
+    assert "autocast" not in exact.meta
+
+
+@pytest.mark.parametrize("dtype", COARSE)
+@pytest.mark.parametrize(
+    "planted",
+    ["model.layers.0.self_attn.q_proj", "model.layers.2.mlp.up_proj", "model.layers.4.self_attn.o_proj", BROKEN],
+)
+def test_a_fault_beside_rounding_is_the_first_divergence(llama, prompts, dtype, planted):
+    model, ids = llama[0], prompts[1][:, :80]
+    changed = copy.deepcopy(model)
+    changed.get_submodule(planted).weight.data.mul_(1.05)
+    where = noesis.compare(forward(model, ids), forward(changed.to(dtype), ids)).first_divergence
+    assert (where.step, where.layer) == (0, planted)
+    assert where.b / where.a == pytest.approx(1.05, abs=0.02)
+
+
+def test_weights_of_eight_bits_are_no_rounding_of_the_dtype(llama, prompts):
+    ids, quantised = prompts[2][:, :80], copy.deepcopy(llama[0])
+    for module in quantised.modules():
+        if isinstance(module, torch.nn.Linear):
+            scale = module.weight.data.abs().amax(1, keepdim=True) / 127
+            module.weight.data = (module.weight.data / scale).round() * scale
+    exact, rounded = forward(llama[0], ids), forward(quantised, ids)
+    assert noesis.compare(exact, rounded).first_divergence.layer == "model.embed_tokens"  # tied to the head
+    assert noesis.compare(exact, rounded, tolerance=0.03).first_divergence is None
+
+
 def test_fresh_prompts_raise_few_alarms(healthy):
     """Over random choices of 8 prompts for the baseline, and 8 fresh ones: rate over layers and runs."""
     rng = np.random.default_rng(0)

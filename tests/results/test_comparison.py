@@ -220,6 +220,66 @@ def test_long_runs_that_have_the_same_steps_are_compared_as_a_whole():
     assert (result.first_divergence, result.lengths) == (None, (8, 8, 8))
 
 
+def row_of(dtype: str = "float32", **stats: float) -> noesis.Trace:
+    """A trace of one step and one layer of a thousand elements."""
+    names = (*ALWAYS, "zeros", "rms")
+    values = {"count": 1000, "mean": 0.5, "std": 2.0, "abs_mean": 1.7, "min": -6, "max": 7, "nonfinite": 0}
+    values |= {"zeros": 20, "rms": 2.06, **stats}
+    row = np.array([[[float(values[name]) for name in names]]])
+    return noesis.Trace.of(row, ["layer"], names, steps=np.arange(1), meta={"dtype": dtype})
+
+
+@pytest.mark.parametrize(
+    ("stat", "near", "far"),  # in float32, then what bfloat16 rounds
+    [
+        ("mean", (0.500015, 0.54), (0.50005, 0.6)),
+        ("std", (2.000015, 2.05), (2.00005, 2.1)),
+        ("abs_mean", (1.700015, 1.75), (1.70005, 1.8)),
+        ("rms", (2.060015, 2.1), (2.06005, 2.2)),
+        ("min", (-6.0002, -6.5), (-6.0004, -7.0)),
+        ("max", (7.0002, 7.6), (7.0005, 8.1)),
+        ("zeros", (20, 110), (21, 120)),
+        ("count", (1000, 1000), (999, 999)),
+        ("nonfinite", (0, 0), (1, 1)),
+        ("mean", (0.5, 0.5), (math.nan, math.nan)),
+    ],
+)
+def test_each_statistic_has_the_tolerance_that_fits_it(stat, near, far):
+    for dtype, same, other in zip(("float32", "bfloat16"), near, far, strict=True):
+        for a, b in ((row_of(), row_of(dtype, **{stat: same})), (row_of(dtype, **{stat: same}), row_of())):
+            assert noesis.compare(a, b).first_divergence is None
+            exact = noesis.compare(a, b, tolerance=0).first_divergence
+            assert (exact is None) == (row_of().values == row_of(**{stat: same}).values).all()
+        found = noesis.compare(row_of(), row_of(dtype, **{stat: other})).first_divergence
+        assert found[:3] == (0, "layer", stat)
+
+
+def test_the_coarser_dtype_decides_and_the_text_says_how_far():
+    def apart(*dtypes):
+        return noesis.compare(row_of(dtypes[0]), row_of(dtypes[1], mean=0.505))
+
+    for dtypes in (("float32", "bfloat16"), ("bfloat16", "float16"), ("bfloat16", "bfloat16")):
+        assert apart(*dtypes).first_divergence is None
+        assert apart(*dtypes).tolerance == 2**-5
+        assert "first divergence: none of more than 0.031 standard deviations" in repr(apart(*dtypes))
+    for dtypes in (("float32", "float32"), ("float64", "float32"), ("float32", "int8"), ("float32", "")):
+        assert apart(*dtypes).first_divergence is not None
+        assert apart(*dtypes).tolerance == 1e-5
+    shrunk = noesis.compare(row_of("float16"), row_of("float32", mean=0.505)).first_divergence
+    assert shrunk is None, "half a percent of 2.06 is what float16 rounds, four times"
+    assert noesis.compare(row_of("float16"), row_of(mean=0.52)).first_divergence.stat == "mean"
+    calls = row_of("bfloat16")
+    calls.meta["dtype"] = ["float32", "float16"]  # of two calls of a pipeline
+    assert noesis.compare(row_of(), calls).tolerance == 2**-8
+
+
+def test_the_mean_of_a_layer_far_from_zero_is_rounded_by_its_size():
+    big = {"mean": 1000.0, "std": 0.01, "abs_mean": 1000.0, "rms": 1000.0, "min": 999.0, "max": 1001.0}
+    rounded = big | {"mean": 1002.0, "abs_mean": 1002.0, "std": 0.0, "min": 1000.0, "max": 1004.0}
+    assert noesis.compare(row_of(**big), row_of("bfloat16", **rounded)).first_divergence is None
+    assert noesis.compare(row_of(**big), row_of(**rounded)).first_divergence.stat == "mean"
+
+
 # ---------------------------------------------------------------- significance
 
 

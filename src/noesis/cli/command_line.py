@@ -174,9 +174,8 @@ def _compare(commands: Any) -> None:
     parser.add_argument(
         "--tolerance",
         type=float,
-        default=1e-5,
         metavar="STDS",
-        help="differences up to this many standard deviations are no divergence (default: %(default)s)",
+        help="differences up to this many standard deviations are no divergence (default: 1e-05, or as dtypes round)",
     )
     parser.add_argument("--top", type=_positive, default=25, metavar="N", help="rows to show (default: %(default)s)")
     parser.add_argument("--csv", metavar="FILE", help="write all rows")

@@ -126,6 +126,7 @@ class Recorder:
             self.on_device = True
         else:
             now, capturing = perf_counter(), self.capturing()
+            self._note_autocast()
             joins = self.stand_ins.joins()
             self._leave_out(self.left_out if joins else self._leaves_out(capturing))
             self.times_traced = times_traced()
@@ -155,6 +156,7 @@ class Recorder:
         self.size(batch)
         self.inside = True
         now, capturing = perf_counter(), self.capturing()
+        self._note_autocast()
         self._leave_out(self._leaves_out(capturing) if begins else self.left_out)
         self.times_traced = times_traced()
         if begins:
@@ -162,6 +164,14 @@ class Recorder:
                 bank.begin(None, -1, batch)
             self._begun(batch, now, capturing)
         return begins
+
+    def _note_autocast(self) -> None:
+        """Whoever compares runs wants to know in which dtype they computed."""
+        if "autocast" in self.meta:
+            return
+        for bank in self.banks:
+            if torch.is_autocast_enabled(bank.device.type):
+                self.meta["autocast"] = str(torch.get_autocast_dtype(bank.device.type)).removeprefix("torch.")
 
     def _leave_out(self, left_out: bool) -> None:
         self.skipping = self.left_out = left_out

@@ -15,7 +15,7 @@ from ..errors import BadType, BadValue
 from ..numerics import Floats, layer_tests
 from ..text import plain, table
 from .common_steps import Lengths, narrowed
-from .divergence import Divergence, first_divergence, pooled_std
+from .divergence import TOLERANCE, Divergence, allowed, first_divergence, pooled_std
 from .runs import Answering, Averaged, Recorded
 from .saved import Saved
 from .tabular import Cells, Tabular
@@ -76,6 +76,7 @@ class Comparison(Saved, Tabular):
         only_in_a, only_in_b: layers that only one of the runs has.
         first_divergence: where two traces part, None if they do not in any step that both have, or if these are
             soulprints.
+        tolerance: up to which differences of traces are no divergence; None if these are soulprints.
         lengths: how many steps the runs have; None if these are soulprints. Of traces with different steps, rows and
             first divergence are of those that both have, rows only without a baseline.
         alpha: the false discovery rate at which a layer counts as changed.
@@ -99,6 +100,7 @@ class Comparison(Saved, Tabular):
     only_in_a: list[str] = field(default_factory=list)
     only_in_b: list[str] = field(default_factory=list)
     first_divergence: Divergence | None = None
+    tolerance: float | None = None
     lengths: Lengths | None = None
     alpha: float = 0.05
     baseline: int = 0
@@ -145,6 +147,7 @@ class Comparison(Saved, Tabular):
             first_divergence=None
             if where is None
             else Divergence(int(where[0]), str(where[1]), str(where[2]), _number(where[3]), _number(where[4])),
+            tolerance=None if payload.get("tolerance") is None else float(payload["tolerance"]),
             lengths=_lengths(payload.get("lengths")),
             alpha=float(payload["alpha"]),
             baseline=baseline,
@@ -170,6 +173,8 @@ class Comparison(Saved, Tabular):
             where = self.first_divergence
             what = f"{where.stat} {where.a:.6g} -> {where.b:.6g}"
             parts.append(f"first divergence: step {where.step}, layer {plain(where.layer)} ({what})")
+        elif self.tolerance and self.distance > 0:
+            parts.append(f"first divergence: none of more than {self.tolerance:.2g} standard deviations")
         columns = ["layer", "effect", "mean_a", "mean_b", "std_a", "std_b"]
         lines = [[row.layer, *(f"{getattr(row, name):.4g}" for name in columns[1:])] for row in self.rows[:top]]
         if self.baseline:
@@ -194,7 +199,7 @@ def compare(
     b: Recorded | Averaged | Answering | Sequence[Recorded | Averaged | Answering],
     *,
     baseline: Sequence[Recorded | Averaged | Answering] | None = None,
-    tolerance: float = 1e-5,
+    tolerance: float | None = None,
     alpha: float = 0.05,
 ) -> Comparison:
     """Where, how much, and how surely run `b` differs from run `a`.
@@ -210,8 +215,9 @@ def compare(
             changes than one can (the rows then hold their averages).
         baseline: runs that should count as equal (other prompts, other seeds), at least 2 and
             better 8; `b` is compared with their spread.
-        tolerance: differences up to this many standard deviations are no divergence, and no
-            baseline is taken to be narrower.
+        tolerance: differences up to this many standard deviations are no divergence, and no baseline is
+            taken to be narrower. By default 1e-5; between runs of which one computed in float16 or
+            bfloat16 no divergence is what these round, see `first_divergence`. 0 finds any bit.
         alpha: the false discovery rate at which a layer counts as changed.
 
     Raises:
@@ -235,16 +241,16 @@ def compare(
     """
     if not 0 < alpha < 1:
         raise BadValue(f"alpha={alpha!r}", "a rate between 0 and 1", "0.05 is common")
-    if not tolerance >= 0:
+    if tolerance is not None and not tolerance >= 0:
         raise BadValue(f"tolerance={tolerance!r}", "a number from 0", "0 means bitwise equal")
     left, right = _result(a), [_result(run) for run in (b if isinstance(b, (list, tuple)) else [b])]
     if len(right) != 1 and (baseline is None or not right):
         raise BadValue(
             f"b is {len(right)} runs", "one run, or several together with baseline=[...]", "Pass one, or a baseline"
         )
-    divergence = lengths = None
+    divergence = lengths = within = None
     if len(right) == 1 and isinstance(left, Recorded) and isinstance(right[0], Recorded):
-        divergence = first_divergence(left, right[0], tolerance)
+        divergence, within = first_divergence(left, right[0], tolerance), max(allowed(left, right[0], tolerance))
         one, other, lengths = narrowed(left, right[0])
         if baseline is None:
             left, right = one, [other]
@@ -257,7 +263,8 @@ def compare(
     effect, rank = values["effect"], -values["effect"]
     if baseline is not None:
         base = _baseline([_soulprint(_result(run)) for run in baseline], names)
-        judgement = layer_tests(base[0], base[1], new[0], new[1], tolerance)
+        narrowest = TOLERANCE if tolerance is None else tolerance
+        judgement = layer_tests(base[0], base[1], new[0], new[1], narrowest)
         values |= vars(judgement) | {"changed": judgement.q_value <= alpha}
         rank = judgement.p_value
     order = np.lexsort((-effect, rank))
@@ -269,6 +276,7 @@ def compare(
         only_in_a=[name for name in first.layers if name not in known],
         only_in_b=[name for name in second.layers if name not in known],
         first_divergence=divergence,
+        tolerance=within,
         lengths=lengths,
         alpha=alpha,
         baseline=0 if baseline is None else len(baseline),

@@ -28,6 +28,7 @@ class Recorded(Protocol):
     order: Ints
     calls: Ints
     dropped_steps: int
+    meta: dict[str, Any]
 
     def __len__(self) -> int:
         """How many steps there are."""
