@@ -2,7 +2,8 @@
 
 from .activations import Activations, bytes_of
 from .columns import COLUMNS, from_known, from_rows, merged_known, names_of, to_known, to_rows
-from .comparison import Comparison, compare
+from .comparing import compare
+from .comparison import Comparison
 from .divergence import Divergence
 from .loading import load_run, load_runs
 from .named_scalars import STATS, scalars, under

@@ -13,7 +13,8 @@ from ..errors import BadValue
 from ..files import v01
 from ..numerics import Floats
 from ..text import counted, plain, table
-from .comparison import Comparison, compare
+from .comparing import compare
+from .comparison import Comparison
 from .saved import Saved
 from .tabular import Cells, Tabular
 
