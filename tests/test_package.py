@@ -29,6 +29,7 @@ PUBLIC = [
     "Comparison",
     "Divergence",
     "DriftMonitor",
+    "Fidelity",
     "NoesisError",
     "NoesisWarning",
     "Observed",

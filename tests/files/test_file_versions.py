@@ -100,6 +100,11 @@ def a_weighing() -> noesis.ParameterNorms:
     )
 
 
+def a_fidelity() -> noesis.Fidelity:
+    numbers = np.array([0.5, np.inf]), np.array([1.0, np.nan]), np.array([0, 3]), np.array([1, 2])
+    return noesis.Fidelity(["a", "b"], *numbers, np.array([0.25, np.nan, np.inf]), {"c": "only in a"}, {"a": {}})
+
+
 def inputs() -> torch.Tensor:
     return torch.sin(torch.arange(900.0)).reshape(300, 3)
 
@@ -128,6 +133,7 @@ def write_all() -> None:
         a_routes().save(FILES / f"routes.{suffix}")
         a_surprise().save(FILES / f"surprise.{suffix}")
         a_monitor().save(FILES / f"drift_monitor.{suffix}")
+        a_fidelity().save(FILES / f"fidelity.{suffix}")
         a_weighing().save(FILES / f"parameter_norms.{suffix}")
     noesis.compare(trace.soulprint(3), trace.soulprint(5)).save(FILES / "comparison.json")
     some_activations().save(FILES / "activations.safetensors")
@@ -210,6 +216,11 @@ def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(noesis.NoesisError, match="has format_version .* Expected a version from 1 to 3"):
             check_header({"format": "noesis.trace", "format_version": wrong}, "trace", "x")
     assert json.loads(a_trace().to_json())["format_version"] == 3
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "json"])
+def test_fidelity(suffix: str) -> None:
+    equal(a_fidelity(), noesis.Fidelity.load(FILES / f"fidelity.{suffix}"))
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "json"])

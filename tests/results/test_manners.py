@@ -96,7 +96,19 @@ def weighed(names: list[str]) -> noesis.ParameterNorms:
     return noesis.ParameterNorms(names, np.array([0, 1]), values, gradients, updates, {names[1]: "a reason"})
 
 
-RESULTS = [weighed, traced, printed, compared, judged, surprised, routed, apart, captured]
+def faithful(names: list[str]) -> noesis.Fidelity:
+    x, y = (
+        {
+            name: [torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(seed + at))]
+            for at, name in enumerate(names)
+        }
+        for seed in (0, 100)
+    )
+    x[names[1]][0][0, 2] = torch.nan
+    return noesis.compare(noesis.Activations(x), noesis.Activations({**y, "more": []}))
+
+
+RESULTS = [faithful, weighed, traced, printed, compared, judged, surprised, routed, apart, captured]
 
 
 # Files and JSON.

@@ -15,6 +15,7 @@ VERSIONS = {
     "codebooks": 1,
     "comparison": 1,
     "drift_monitor": 1,
+    "fidelity": 1,
     "parameter_norms": 1,
     "routes": 1,
     "run_state": 1,

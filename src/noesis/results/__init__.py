@@ -5,6 +5,7 @@ from .columns import COLUMNS, from_known, from_rows, merged_known, names_of, to_
 from .comparing import compare
 from .comparison import Comparison
 from .divergence import Divergence
+from .fidelity import Fidelity
 from .loading import load_run, load_runs
 from .named_scalars import STATS, scalars, under
 from .parameter_norms import ParameterNorms
@@ -25,6 +26,7 @@ __all__ = [
     "Activations",
     "Comparison",
     "Divergence",
+    "Fidelity",
     "LayerSurprise",
     "ParameterNorms",
     "Reason",

@@ -3,30 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
 from ..errors import BadType, BadValue
 from ..numerics import Floats, layer_tests
+from .activations import Activations
 from .common_steps import narrowed
 from .comparison import Comparison, Row
 from .divergence import TOLERANCE, allowed, first_divergence, pooled_std
+from .fidelity import Fidelity, fidelity
 from .runs import Answering, Averaged, Recorded
 
 #: Effects are cut off here, where one run is constant or not finite and the other is not.
 LARGEST_EFFECT = 20.0
 
 
+Run = Recorded | Averaged | Answering
+
+
+@overload
+def compare(a: Activations, b: Activations) -> Fidelity: ...
+
+
+@overload
 def compare(
-    a: Recorded | Averaged | Answering,
-    b: Recorded | Averaged | Answering | Sequence[Recorded | Averaged | Answering],
+    a: Run,
+    b: Run | Sequence[Run],
     *,
-    baseline: Sequence[Recorded | Averaged | Answering] | None = None,
+    baseline: Sequence[Run] | None = None,
     tolerance: float | None = None,
     alpha: float = 0.05,
-) -> Comparison:
+) -> Comparison: ...
+
+
+def compare(
+    a: Run | Activations,
+    b: Run | Activations | Sequence[Run],
+    *,
+    baseline: Sequence[Run] | None = None,
+    tolerance: float | None = None,
+    alpha: float = 0.05,
+) -> Comparison | Fidelity:
     """Where, how much, and how surely run `b` differs from run `a`.
+
+    Of two `Activations` it tells how faithful `b` is to `a`, see `Fidelity`. What follows is of traces and soulprints.
 
     Layers are matched by name. Two traces also give the first divergence; where one has steps that the other
     has not, those are compared that both have, and `lengths` says so. With a baseline, each
@@ -34,7 +56,7 @@ def compare(
     that borrow strength from each other; see `noesis.numerics.significance`.
 
     Args:
-        a: a trace, a soulprint, or a wrapped model.
+        a: a trace, a soulprint, or a wrapped model; or activations.
         b: likewise; with a baseline, also several runs of what is to be judged, which show smaller
             changes than one can (the rows then hold their averages).
         baseline: runs that should count as equal (other prompts, other seeds), at least 2 and
@@ -63,6 +85,12 @@ def compare(
         >>> noesis.compare(before, wrapped.trace()).first_divergence[:2]
         (0, '2')
     """
+    if isinstance(a, Activations) or isinstance(b, Activations):
+        if baseline is not None or tolerance is not None:
+            raise BadValue(
+                "activations with baseline or tolerance", "two captures alone", "Compare traces for what these are of"
+            )
+        return fidelity(a, b)
     if not 0 < alpha < 1:
         raise BadValue(f"alpha={alpha!r}", "a rate between 0 and 1", "0.05 is common")
     if tolerance is not None and not tolerance >= 0:
@@ -172,7 +200,7 @@ def _result(run: Any) -> Recorded | Averaged:
         return run
     raise BadType(
         f"compare was given a {type(run).__name__}",
-        "a Trace, a Soulprint or a wrapped model",
+        "a Trace, a Soulprint, a wrapped model, or two Activations",
         "Load files with Trace.load or Soulprint.load",
     )
 
