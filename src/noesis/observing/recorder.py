@@ -1,4 +1,4 @@
-"""The recorder: what a wrap keeps on its devices, and how it is read back.
+"""The recorder: what a wrap keeps on its devices; `answers` says how it is read back.
 
 A recorder is a plain object beside the model, not a set of buffers in it: nothing casts it,
 broadcasts it or writes it into a checkpoint. It holds one `Bank` per device that observed layers
@@ -14,28 +14,26 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import NoesisError, WrongState
+from ..errors import NoesisError
 from ..internals import LISTENERS, set_size, size_of, stays, times_traced, undisturbed, untraced
-from ..kernels import layout
-from ..kernels.layout import CONTROL, EVERY, FOLD, FORWARDS, OBSERVED
+from ..kernels.layout import CONTROL, EVERY, FOLD, FORWARDS
 from ..kernels.stepping import Clock
 from ..layers import Router
-from ..results import Routes, Trace, from_known, from_rows, stats_of
+from ..results import Trace
 from ..surprise import Scorer
+from .answers import Answers
 from .bank import Bank
 from .channels import Channel, Channels
 from .evidence import Evidence
-from .reading import Reading, read_banks
-from .route_bank import RouteBank, read_routes
+from .route_bank import RouteBank
 from .stand_ins import StandIns
 from .switch import Switch
 
 
-class Recorder:
+class Recorder(Answers):
     """The banks of one wrap, and what the host knows of its run."""
 
     def __init__(
@@ -327,7 +325,7 @@ class Recorder:
         if not self.paused and self.off_record is None:
             self.evidence.calls += 1
 
-    # ------------------------------------------------------------ control and reading
+    # ------------------------------------------------------------ control
 
     @untraced
     def pause(self, paused: bool) -> None:
@@ -414,68 +412,6 @@ class Recorder:
         if branch is not None and branch not in self.branches:
             self.branches.append(branch)
         self.branch = branch
-
-    @untraced
-    def forward_counts(self) -> tuple[int, int]:
-        """Forwards that have begun in this run, and how many of them were observed; waits for the device."""
-        with undisturbed():
-            _, control = self.banks[0].state()
-        return int(control[FORWARDS]), int(control[OBSERVED])
-
-    def read(self, since: int | None = None) -> Reading:
-        """Everything known, or of forward `since` and later ones; waits for the device."""
-        return read_banks(self.banks, self.clock, since)
-
-    @untraced
-    def routes(self) -> Routes:
-        """What the routers chose."""
-        if not self.routers:
-            raise WrongState(
-                "No router is observed", "a model whose routers were selected", 'Pass wrap(..., layers="routers")'
-            )
-        steps, control = (tensor.cpu().numpy() for tensor in (self.banks[0].steps, self.banks[0].control))
-        counted = [bank.routes for bank in self.banks if bank.routes is not None]
-        return read_routes(self.routers, counted, steps, control, unmeasured=self.unrouted, meta=self.meta)
-
-    @np.errstate(over="ignore", invalid="ignore")  # rows of float64 outputs may hold infinities
-    @untraced
-    def trace(self, since: int | None = None) -> Trace:
-        """What is known, as a trace, or of forward `since` and later ones alone, which reads no more than these."""
-        reading, stats = self.read(since), self.stats
-        measured = since is not None or bool(reading.totals[..., layout.CALLS].any())
-        lost = self.evidence.left_no_mark(reading.forwards, self.forwards, measured)
-        if lost is not None:
-            self.evidence.say(lost)
-        elif not reading.forwards and len(reading.rows):
-            calls = reading.rows[-1, 0, :, layout.CALLS]
-            if since is not None or calls.max() > 1:  # whoever reads all sees the open step, and one call is one step
-                self.evidence.say_open(self.names[int(calls.argmax())], int(calls.max()))
-
-        def one(row: int) -> Trace:
-            fields, totals, known = reading.rows[:, row], reading.totals[row], from_known(reading.steps, self.branches)
-            if row:
-                own = reading.timesteps[:, row - 1]
-                known["timesteps"] = np.where(np.isnan(own), known["timesteps"], own)
-            return Trace(
-                values=stats_of(fields, stats),
-                layers=list(self.names),
-                stats=stats,
-                totals=stats_of(totals[:, : len(layout.FIELDS)], stats),
-                averages=totals[:, len(layout.FIELDS) :],
-                dropped_steps=reading.dropped,
-                unmeasured=dict(self.unmeasured),
-                meta=dict(self.meta),
-                **from_rows(fields),
-                **known,
-            )
-
-        whole = one(0)
-        if lost is not None:
-            whole.unmeasured = {**dict.fromkeys(self.names, lost), **whole.unmeasured}
-        if self.per_sample:
-            used = (reading.totals[1:, :, layout.STEPS] > 0).any(1).sum()
-            whole.samples = [one(1 + sample) for sample in range(int(used))]
-        return whole
 
 
 def _places(device: torch.device, layers: int) -> list[Tensor]:
