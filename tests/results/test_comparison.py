@@ -62,7 +62,7 @@ def test_layers_are_matched_by_name():
 
 def test_only_runs_can_be_compared():
     a = soulprint([1], [1])
-    with pytest.raises(TypeError, match="compare was given a dict. Expected a Trace, a Soulprint or a wrapped model"):
+    with pytest.raises(TypeError, match="compare was given a dict. Expected a Trace, a Soulprint, a wrapped model"):
         noesis.compare(a, {})
     with pytest.raises(ValueError, match="The baseline has 1 run. Expected at least 2"):
         noesis.compare(a, a, baseline=[a])
