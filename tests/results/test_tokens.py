@@ -274,7 +274,7 @@ def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
     assert np.isnan(loaded.values).any()
     assert repr(loaded) == repr(deltas)
     assert loaded.to_json() == deltas.to_json()
-    assert loaded.tokens_only_in_b == deltas.tokens_only_in_b == [(2, "猫")]
+    assert loaded.substituted == deltas.substituted == [False, False, True, False, False]
     assert (loaded.only_in_a, loaded.only_in_b) == (["left"], [])
 
 
@@ -339,13 +339,13 @@ def test_plot(tmp_path: Path) -> None:
     figure = deltas.plot(tmp_path / "deltas.png")
     assert (tmp_path / "deltas.png").read_bytes().startswith(b"\x89PNG")
     axes = figure.axes[0]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["<s>", "$a$", "·", "."]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["<s>", "$a$", "'cat' -> '猫'", "·", "."]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["one", "two"]
     bold = {deltas.tokens[at] for at, label in enumerate(axes.get_xticklabels()) if label.get_fontweight() == "bold"}
     assert bold == {one.token for one in deltas.divergent}
     np.testing.assert_array_equal(np.ma.filled(axes.images[0].get_array(), np.nan), deltas.values.T)
     assert not any(label.get_parse_math() for label in axes.get_xticklabels())  # "$a$" is no formula
-    assert [line.get_xdata()[0] for line in axes.lines] == [1.5]  # where "cat" and its rival were left out
+    assert not axes.lines  # nothing was left out: "cat" is compared with its rival
     assert axes.get_title(loc="right") == "red: not finite"
 
 
@@ -405,14 +405,14 @@ def test_a_changed_word(stories: tuple[Any, Any]) -> None:
     a, tokens_a = run(*stories, BEFORE)
     b, tokens_b = run(*stories, CHANGED)
     deltas = token_deltas(a, b, tokens_a, tokens_b)
-    assert deltas.tokens_only_in_a == [(10, "▁g"), (11, "ir"), (12, "l")]
-    assert deltas.tokens_only_in_b == [(10, "▁b"), (11, "o"), (12, "y")]
+    assert deltas.tokens_only_in_a == deltas.tokens_only_in_b == []
+    assert np.flatnonzero(deltas.substituted).tolist() == [10, 11, 12]  # "girl", "boy"
     before = np.array(deltas.positions_a) < 10
     assert before.sum() == 10
     assert deltas.values[before].max() < 1e-12  # causal
     assert (deltas.values[~before] > 1e-9).all()
     first = deltas.divergent[0]
-    assert (first.token, first.position_a) == ("▁named", 13)
+    assert deltas.substituted[first.position_a]
     assert len(deltas.divergent) < (~before).sum()  # the threshold picks
 
 
@@ -457,8 +457,70 @@ def test_gpt2() -> None:
     (a, ids_a), (b, ids_b) = runs
     deltas = noesis.token_deltas(a, b, ids_a, ids_b)
     assert deltas.layers == [f"transformer.h.{index}" for index in range(3)]
-    assert (deltas.tokens_only_in_a, deltas.tokens_only_in_b) == ([(4, 5)], [(4, 60)])
+    assert np.flatnonzero(deltas.substituted).tolist() == [4]
     assert deltas.values[:4].max() < 1e-12
     assert (deltas.values[4:] > 1e-9).all()
-    assert {one.token for one in deltas.divergent} <= {6, 7, 8}
+    assert {one.token for one in deltas.divergent} <= {5, 6, 7, 8}
     assert deltas.divergent
+
+
+# Substituted tokens.
+
+
+def words(a: str, b: str, **options: Any) -> TokenDeltas:
+    """Deltas of two texts, in whose hidden states each word has a direction of its own."""
+    texts = a.split(), b.split()
+    names = sorted({*texts[0], *texts[1]})
+    states = [torch.eye(len(names))[None, [names.index(word) for word in text]] for text in texts]
+    return token_deltas(*(Activations({"block": [state]}) for state in states), *texts, **options)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "pairs"),  # upper case: what has no partner or another one
+    [
+        ("the big DOG", "the big CAT", [(0, 0), (1, 1), (2, 2)]),
+        ("A dog saw TWO cats NOW", "ONE dog saw SIX cats THEN", [(n, n) for n in range(6)]),
+        ("the DOG ran home", "the CAT ran straight HOME home", [(0, 0), (1, 1), (2, 2), (3, 5)]),
+        ("we saw big DOGS there", "we NEVER saw big CATS there", [(0, 0), (1, 2), (2, 3), (3, 4), (4, 5)]),
+        ("a B C d", "a X Y d", [(0, 0), (1, 1), (2, 2), (3, 3)]),
+        ("a B C d E", "a X d Y", [(0, 0), (3, 2), (4, 3)]),  # two for one are not aligned
+        ("DOG", "CAT", [(0, 0)]),
+    ],
+)
+def test_as_many_other_tokens_are_aligned_by_position_and_marked(a: str, b: str, pairs: list[tuple[int, int]]) -> None:
+    deltas = words(a, b)
+    assert list(zip(deltas.positions_a, deltas.positions_b, strict=True)) == pairs
+    marked = [a.split()[i] != b.split()[j] for i, j in pairs]
+    assert deltas.substituted == marked
+    assert [one.position_a for one in deltas.divergent] == [
+        i for (i, _), other in zip(pairs, marked, strict=True) if other
+    ]
+    assert deltas.scores.tolist() == [float(other) for other in marked]
+    back = words(b, a)
+    assert list(zip(back.positions_b, back.positions_a, strict=True)) == pairs
+
+
+def test_substitutions_are_told_drawn_and_saved(tmp_path: Path) -> None:
+    deltas = words("the big dog", "the big cat")
+    assert "substituted: 'dog' -> 'cat' at 2" in repr(deltas)
+    assert "1 divergent token" in repr(deltas)
+    again = TokenDeltas.load(deltas.save(tmp_path / "deltas.json"))
+    assert (again.substituted, repr(again)) == ([False, False, True], repr(deltas))
+    assert deltas.to_csv().splitlines()[-1] == "dog,cat,2,2,block,1.0"
+    payload = json.loads(deltas.to_json())
+    for wrong in ([False] * 3, [True] * 3, "yes"):
+        with pytest.raises(BadFile, match="not said to be substituted"):
+            TokenDeltas.from_json(json.dumps({**payload, "substituted": wrong}))
+    pytest.importorskip("matplotlib")
+    axes = deltas.plot().axes[0]
+    assert "'dog' -> 'cat'" in axes.get_xticklabels()[-1].get_text()
+    assert axes.get_xticklabels()[-1].get_fontweight() == "bold"
+    assert "1 substituted" in axes.get_title(loc="left") + axes.get_title()
+
+
+def test_alignment_by_position_throughout() -> None:
+    deltas = words("a dog sat here", "big dog dog sat here now", by_position=True)
+    assert deltas.positions_a == deltas.positions_b == [0, 1, 2, 3]
+    assert deltas.substituted == [True, False, True, True]
+    assert deltas.tokens_only_in_b == [(4, "here"), (5, "now")]
+    assert words("a b", "b a", by_position=True).substituted == [True, True]

@@ -1,6 +1,6 @@
 """Algorithms on plain arrays: significance, k-means, alignment, sampling."""
 
-from .alignment import Token, align
+from .alignment import Token, align, with_substitutions
 from .arrays import Floats, Ints, as_floats, no_nan
 from .clustering import k_means, spread_start
 from .cosine import cosine_delta
@@ -20,4 +20,5 @@ __all__ = [
     "layer_tests",
     "no_nan",
     "spread_start",
+    "with_substitutions",
 ]

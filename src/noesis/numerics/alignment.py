@@ -34,6 +34,29 @@ def align(a: Sequence[Token], b: Sequence[Token]) -> tuple[list[int], list[int]]
     )
 
 
+def with_substitutions(
+    positions_a: list[int], positions_b: list[int], length_a: int, length_b: int
+) -> tuple[list[int], list[int]]:
+    """Aligned positions and, where as many elements lie between two of them in both sequences, these in order too.
+
+    Example:
+        >>> from noesis.numerics import with_substitutions
+        >>> with_substitutions([0, 2], [0, 2], 3, 5)  # one between them, none and two after the last
+        ([0, 1, 2], [0, 1, 2])
+    """
+    both: tuple[list[int], list[int]] = ([], [])
+    last_a = last_b = -1
+    for i, j in zip([*positions_a, length_a], [*positions_b, length_b], strict=True):
+        if i - last_a == j - last_b:
+            both[0].extend(range(last_a + 1, i))
+            both[1].extend(range(last_b + 1, j))
+        if i < length_a:
+            both[0].append(i)
+            both[1].append(j)
+        last_a, last_b = i, j
+    return both
+
+
 def _common(x: NDArray[np.int64], y: NDArray[np.int64]) -> int:
     """How many elements from the start are equal."""
     different = np.flatnonzero(x != y)

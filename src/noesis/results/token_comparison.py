@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..errors import BadValue
-from ..numerics import Floats, Token, align, cosine_delta
+from ..numerics import Floats, Token, align, cosine_delta, with_substitutions
 from ..text import first_few
 from .tokens import NOISE, TokenDeltas, as_threshold, as_tokens
 
@@ -28,10 +28,13 @@ def token_deltas(
     *,
     threshold: float | None = None,
     sample: int = 0,
+    by_position: bool = False,
 ) -> TokenDeltas:
     """How far two runs are apart, token by token and layer by layer.
 
-    Tokens are aligned by their longest common subsequence, layers by name. A delta is
+    Tokens are aligned by their longest common subsequence, and between two tokens in common, or before the first or
+    after the last, those that differ by their places, if there are as many in both runs: these are substituted, and
+    marked as such. Layers are aligned by name. A delta is
     `1 - cos(x, y) = |x/|x| - y/|y||^2 / 2` in float64, a form that is exactly 0 for equal vectors and does not
     cancel for near ones. A zero vector has delta 0 to another and 1 to anything else.
 
@@ -61,6 +64,8 @@ def token_deltas(
         tokens_b: the tokens run b was fed, of the same kind.
         threshold: a fixed bound for the mean delta of a token instead of the default.
         sample: which batch element to compare.
+        by_position: align the n-th token of a with the n-th of b throughout, whatever they are; what the longer run has
+            beyond the shorter is left out.
 
     Returns:
         The deltas, `[aligned tokens, layers]`.
@@ -78,12 +83,17 @@ def token_deltas(
             "two captures with at least one layer of the same name",
             "Capture both runs with the same layers",
         )
-    positions_a, positions_b = align(ids_a, ids_b)
+    if by_position:
+        positions_a = positions_b = list(range(min(len(ids_a), len(ids_b))))
+    else:
+        positions_a, positions_b = align(ids_a, ids_b)
+        if positions_a or {type(token) for token in ids_a} == {type(token) for token in ids_b}:
+            positions_a, positions_b = with_substitutions(positions_a, positions_b, len(ids_a), len(ids_b))
     if not positions_a:
         raise BadValue(
             f"the runs share no token: a begins with {ids_a[:4]}, b with {ids_b[:4]}",
             "two token sequences with at least one token in common",
-            "Pass both as strings or both as ids, from the same tokenizer",
+            "Pass both as strings or both as ids, from the same tokenizer, or by_position=True",
         )
     columns, noise = [], NOISE
     for name in layers:

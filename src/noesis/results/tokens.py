@@ -1,6 +1,7 @@
 """Token by layer deltas between two captured runs of a language model.
 
-Tokens are aligned by content, so an inserted word does not shift everything after it out of place.
+Tokens are aligned by content, so an inserted word does not shift everything after it out of place, and one put in the
+place of another is compared with it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class TokenDeltas(Saved, Tabular):
         tokens_a: all tokens of run a.
         tokens_b: all tokens of run b.
         positions_a: for each aligned token its position in run a, ascending.
-        positions_b: for each aligned token its position in run b, ascending.
+        positions_b: for each aligned token its position in run b, ascending; another token may stand there.
         threshold: a token is divergent when its mean delta over layers is larger.
         only_in_a: layers that ran only in run a.
         only_in_b: layers that ran only in run b.
@@ -73,8 +74,14 @@ class TokenDeltas(Saved, Tabular):
 
     @property
     def tokens(self) -> list[Token]:
-        """The aligned tokens, in order."""
+        """The aligned tokens, in order, as run a has them."""
         return [self.tokens_a[position] for position in self.positions_a]
+
+    @property
+    def substituted(self) -> list[bool]:
+        """For each aligned token whether run b has another one in its place."""
+        pairs = zip(self.positions_a, self.positions_b, strict=True)
+        return [self.tokens_a[i] != self.tokens_b[j] for i, j in pairs]
 
     @property
     def tokens_only_in_a(self) -> list[tuple[int, Token]]:
@@ -122,7 +129,8 @@ class TokenDeltas(Saved, Tabular):
     def plot(self, path: files.PathLike | None = None) -> Figure:
         """A heat map, layers by aligned tokens; needs the extra `viz`.
 
-        Labels of divergent tokens are bold; a dashed line marks where tokens without a partner were left out.
+        Labels of divergent tokens are bold, those of substituted ones name both (`'dog' -> 'cat'`); a dashed line marks
+        where tokens without a partner were left out.
         Values that are not finite are red.
 
         Args:
@@ -134,15 +142,20 @@ class TokenDeltas(Saved, Tabular):
         from ..plots import token_map
 
         divergent = {one.position_a for one in self.divergent}
+        others = self.substituted
         left_out = (np.diff(self.positions_a) > 1) | (np.diff(self.positions_b) > 1)
         return token_map(
             self.values,
-            self.tokens,
+            [
+                self._label(at) if other else token
+                for at, (other, token) in enumerate(zip(others, self.tokens, strict=True))
+            ],
             self.layers,
             loud=[position in divergent for position in self.positions_a],
             breaks=(1 + np.flatnonzero(left_out)).tolist(),
             least=NOISE,
-            title=f"{len(divergent)} of {counted(len(self.positions_a), 'token')} above {self.threshold:.3g}",
+            title=f"{len(divergent)} of {counted(len(self.positions_a), 'token')} above {self.threshold:.3g}"
+            + (f", {sum(others)} substituted" if any(others) else ""),
             path=path,
         )
 
@@ -150,6 +163,9 @@ class TokenDeltas(Saved, Tabular):
         lines = [
             f"TokenDeltas of {counted(len(self.positions_a), 'aligned token')} x {counted(len(self.layers), 'layer')}"
         ]
+        if places := [at for at, other in enumerate(self.substituted) if other]:
+            shown = [f"{self._label(at)} at {self.positions_a[at]}" for at in places]
+            lines.append(f"substituted: {first_few(shown)}")
         for run, unpaired in (("a", self.tokens_only_in_a), ("b", self.tokens_only_in_b)):
             if unpaired:
                 shown = [f"{token!r} at {position}" for position, token in unpaired]
@@ -164,7 +180,13 @@ class TokenDeltas(Saved, Tabular):
         lines.append(f"{counted(len(divergent), 'divergent token')} (mean 1 - cosine above {self.threshold:.3g})")
         if divergent:
             rows = [
-                [repr(one.token), str(one.position_a), str(one.position_b), f"{one.delta:.3g}", one.layer]
+                [
+                    self._label(self.positions_a.index(one.position_a)),
+                    str(one.position_a),
+                    str(one.position_b),
+                    f"{one.delta:.3g}",
+                    one.layer,
+                ]
                 for one in divergent[:_ROWS_SHOWN]
             ]
             lines.append(table(["token", "a", "b", "delta", "most at"], rows))
@@ -172,10 +194,16 @@ class TokenDeltas(Saved, Tabular):
                 lines.append(f"... {len(divergent) - len(rows)} more")
         return "\n".join(lines)
 
+    def _label(self, at: int) -> str:
+        """An aligned token as text, and what stands in its place if run b has another."""
+        token, other = self.tokens_a[self.positions_a[at]], self.tokens_b[self.positions_b[at]]
+        return repr(token) if token == other else f"{token!r} -> {other!r}"
+
     def _columns(self) -> dict[str, Cells]:
         layers = len(self.layers)
         return {
             "token": [token for token in self.tokens for _ in self.layers],
+            "token_b": [self.tokens_b[position] for position in self.positions_b for _ in self.layers],
             "position_a": np.repeat(self.positions_a, layers),
             "position_b": np.repeat(self.positions_b, layers),
             "layer": self.layers * len(self.positions_a),
@@ -191,6 +219,7 @@ class TokenDeltas(Saved, Tabular):
             "tokens_b": self.tokens_b,
             "positions_a": self.positions_a,
             "positions_b": self.positions_b,
+            "substituted": self.substituted,
             "threshold": self.threshold,
             "values": self.values.tolist(),
         }
@@ -206,10 +235,11 @@ class TokenDeltas(Saved, Tabular):
             raise ValueError(f"values of shape {values.shape}, {len(positions_a)} and {len(positions_b)} positions")
         if not (np.isnan(values) | ((values >= 0) & (values <= 2 + NOISE))).all():
             raise ValueError("deltas outside 0 to 2")
-        if [tokens_a[i] for i in positions_a] != [tokens_b[j] for j in positions_b]:
-            raise ValueError("aligned tokens that are not equal")
         threshold = as_threshold(payload["threshold"])
-        return cls(values, layers, tokens_a, tokens_b, positions_a, positions_b, threshold, only_in_a, only_in_b)
+        deltas = cls(values, layers, tokens_a, tokens_b, positions_a, positions_b, threshold, only_in_a, only_in_b)
+        if payload.get("substituted", [False] * len(positions_a)) != deltas.substituted:  # older files know none
+            raise ValueError("aligned tokens that are not equal, and not said to be substituted")
+        return deltas
 
 
 def as_tokens(tokens: Any, name: str) -> list[Token]:
