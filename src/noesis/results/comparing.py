@@ -14,6 +14,7 @@ from .common_steps import narrowed
 from .comparison import Comparison, Row
 from .divergence import TOLERANCE, allowed, first_divergence, pooled_std
 from .fidelity import Fidelity, fidelity
+from .meta_differences import meta_differences, timestep_differences
 from .runs import Answering, Averaged, Recorded
 
 #: Effects are cut off here, where one run is constant or not finite and the other is not.
@@ -51,7 +52,8 @@ def compare(
     Of two `Activations` it tells how faithful `b` is to `a`, see `Fidelity`. What follows is of traces and soulprints.
 
     Layers are matched by name. Two traces also give the first divergence; where one has steps that the other
-    has not, those are compared that both have, and `lengths` says so. With a baseline, each
+    has not, those are compared that both have, and `lengths` says so. What the runs were asked for differently is in
+    `meta_differences`. With a baseline, each
     layer's mean and log std in `b` are tested against the baseline's by Student's t, with variances
     that borrow strength from each other; see `noesis.numerics.significance`.
 
@@ -100,9 +102,11 @@ def compare(
         raise BadValue(
             f"b is {len(right)} runs", "one run, or several together with baseline=[...]", "Pass one, or a baseline"
         )
+    different = meta_differences(left.meta, [run.meta for run in right])
     divergence = lengths = within = None
     if len(right) == 1 and isinstance(left, Recorded) and isinstance(right[0], Recorded):
         divergence, within = first_divergence(left, right[0], tolerance), max(allowed(left, right[0], tolerance))
+        different |= timestep_differences(left.timesteps, right[0].timesteps)
         one, other, lengths = narrowed(left, right[0])
         if baseline is None:
             left, right = one, [other]
@@ -133,6 +137,7 @@ def compare(
         alpha=alpha,
         baseline=0 if baseline is None else len(baseline),
         meta={"a": first.meta, "b": second.meta},
+        meta_differences=different,
     )
 
 

@@ -12,6 +12,7 @@ from ..errors import BadValue
 from ..text import plain, table
 from .common_steps import Lengths
 from .divergence import Divergence
+from .meta_differences import Differences, as_text, from_json
 from .saved import Saved
 from .tabular import Cells, Tabular
 
@@ -73,6 +74,9 @@ class Comparison(Saved, Tabular):
             first divergence are of those that both have, rows only without a baseline.
         alpha: the false discovery rate at which a layer counts as changed.
         baseline: number of runs in the baseline.
+        meta: of both runs; of several b, the first one's.
+        meta_differences: by name, what a and b were asked for differently (seed, scheduler, dtype, ...): `(a's, b's)`,
+            of mappings by entry (`"scheduler_config.beta_start"`), of traces the `"timesteps"` they had too.
 
     Example:
         >>> import noesis
@@ -97,6 +101,7 @@ class Comparison(Saved, Tabular):
     alpha: float = 0.05
     baseline: int = 0
     meta: dict[str, Any] = field(default_factory=dict)
+    meta_differences: Differences = field(default_factory=dict)
 
     @property
     def changed(self) -> list[str]:
@@ -144,6 +149,7 @@ class Comparison(Saved, Tabular):
             alpha=float(payload["alpha"]),
             baseline=baseline,
             meta=dict(payload["meta"]),
+            meta_differences=from_json(payload.get("meta_differences", {})),
         )
 
     def plot(self, top: int = 25, path: files.PathLike | None = None) -> Figure:
@@ -159,6 +165,8 @@ class Comparison(Saved, Tabular):
         """The comparison as text, with the most changed layers in a table."""
         head = f"Comparison of {len(self.rows)} layers: distance {self.distance:.4g}, cosine {self.cosine:.5f}"
         parts = [head]
+        if self.meta_differences:
+            parts.append(as_text(self.meta_differences))
         if self.lengths is not None and len(set(self.lengths)) > 1:
             parts.append(_about(self.lengths, whole=self.baseline > 0))
         if self.first_divergence is not None:

@@ -15,6 +15,7 @@ from ..errors import BadType, BadValue
 from ..numerics import Floats, Ints
 from ..text import counted, plain, table
 from .activations import Activations
+from .meta_differences import Differences, as_text, meta_differences
 from .saved import Saved, list_of
 from .tabular import Cells, Tabular
 
@@ -82,6 +83,11 @@ class Fidelity(Saved, Tabular):
         """
         with np.errstate(divide="ignore"):
             return np.asarray(-20.0 * np.log10(self.relative_error) + 0.0)
+
+    @property
+    def meta_differences(self) -> Differences:
+        """By name, what the runs were asked for differently, `(a's, b's)`: see `Comparison`."""
+        return meta_differences(self.meta.get("a", {}), [self.meta.get("b", {})])
 
     def tokens(self, layer: str) -> Floats:
         """The relative error of each token of a layer, float64 [tokens]; NaN where it has no finite element.
@@ -182,6 +188,8 @@ class Fidelity(Saved, Tabular):
             names = [name for name, given in self.left_out.items() if given == why]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             parts.append(f"left out: {', '.join(map(plain, names[:3]))}{more} ({plain(why)})")
+        if different := self.meta_differences:
+            parts.append(as_text(different))
         return "\n".join(parts)
 
 

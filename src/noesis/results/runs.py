@@ -27,6 +27,7 @@ class Recorded(Protocol):
     steps: Ints
     order: Ints
     calls: Ints
+    timesteps: Floats
     dropped_steps: int
     meta: dict[str, Any]
 
