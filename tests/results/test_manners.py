@@ -114,7 +114,7 @@ RESULTS = [faithful, weighed, traced, printed, compared, judged, surprised, rout
 # Files and JSON.
 
 #: What is there for other readers, and what older files lack.
-OPTIONAL = {"totals", "vector_layout", "lengths", "meta_differences", "substituted", "tolerance"}
+OPTIONAL = {"totals", "vector_layout", "lengths", "meta_differences", "sample_meta", "substituted", "tolerance"}
 
 
 @pytest.mark.parametrize("make", [make for make in RESULTS if make is not captured])

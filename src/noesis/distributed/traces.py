@@ -94,6 +94,7 @@ def _outline(trace: Trace) -> dict[str, Any]:
         "dropped": trace.dropped_steps,
         "unmeasured": trace.unmeasured,
         "samples": len(trace.samples),
+        "sample_meta": trace.sample_meta(),
         "longest": int(trace.order.max(initial=0)),
         "meta": trace.meta,
     }
@@ -248,6 +249,7 @@ def _samples(
                     totals=packed[:, len(steps) * width : -3],
                     averages=packed[:, -3:],
                     samples=[],
+                    meta={**whole.meta, **outlines[rank]["sample_meta"][sample]},
                     **from_rows(held),
                 )
             )

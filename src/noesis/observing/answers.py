@@ -17,6 +17,7 @@ from .bank import Bank
 from .evidence import Evidence
 from .reading import Reading, read_banks
 from .route_bank import read_routes
+from .sample_meta import sample_meta
 
 
 class Answers:
@@ -33,6 +34,7 @@ class Answers:
     routers: list[Router]
     unrouted: dict[str, str]
     meta: dict[str, Any]
+    call_metas: list[dict[str, Any]]
     per_sample: bool
 
     @untraced
@@ -72,8 +74,10 @@ class Answers:
                 self.evidence.say_open(self.names[int(calls.argmax())], int(calls.max()))
 
         def one(row: int) -> Trace:
+            meta = dict(self.meta)
             fields, totals, known = reading.rows[:, row], reading.totals[row], from_known(reading.steps, self.branches)
             if row:
+                meta |= sample_meta(row - 1, self.call_metas or [self.meta], known["branches"], known["batches"])
                 own = reading.timesteps[:, row - 1]
                 known["timesteps"] = np.where(np.isnan(own), known["timesteps"], own)
             return Trace(
@@ -84,7 +88,7 @@ class Answers:
                 averages=totals[:, len(layout.FIELDS) :],
                 dropped_steps=reading.dropped,
                 unmeasured=dict(self.unmeasured),
-                meta=dict(self.meta),
+                meta=meta,
                 **from_rows(fields),
                 **known,
             )

@@ -55,8 +55,13 @@ def _images(given: Mapping[str, Any]) -> int | None:
         prompts = len(embeds)
     else:
         return None
+    return prompts * images_per_prompt(given)
+
+
+def images_per_prompt(given: Mapping[str, Any]) -> int:
+    """How many images, videos or sounds a call makes of each prompt."""
     each = [value for name, value in given.items() if re.fullmatch(r"num_\w+_per_prompt", name)]
-    return prompts * (each[0] or 1) if each else prompts
+    return (each[0] or 1) if each else 1
 
 
 def call_meta(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -199,6 +199,7 @@ class Calls:
         self.metas.append(call_meta(pipe, given))
         found = {**gathered(self.metas), "pipeline_calls": len(self.metas)}
         recorder.meta = {**recorder.meta, **found, **recorder.given}
+        recorder.call_metas = [{**meta, **recorder.given} for meta in self.metas]
         recorder.branch_of = functools.partial(guidance_branch, pipe, given)
         try:
             yield

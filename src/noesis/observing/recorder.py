@@ -76,6 +76,7 @@ class Recorder(Answers):
         self.unrouted: dict[str, str] = {}
         self.meta: dict[str, Any] = {}
         self.base_meta: dict[str, Any] = {}
+        self.call_metas: list[dict[str, Any]] = []  # of each call of a pipeline in this run
         self.given: dict[str, Any] = {}  # meta of the run that its user gave; it wins over what is found
         self.observed: list[weakref.ref[nn.Module]] = []
         self.named_run = False  # inside `with wrapped.run(...)`
@@ -395,7 +396,7 @@ class Recorder(Answers):
         if self.weights is not None:
             self.weights.reset()
         self.earlier = None
-        self.given = meta
+        self.given, self.call_metas = meta, []
         self.meta = {"run": uuid.uuid4().hex[:12], **self.base_meta, **meta}
 
     def count_routes(self, routers: list[Router]) -> None:

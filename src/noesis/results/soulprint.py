@@ -136,7 +136,7 @@ class Soulprint(Saved, Tabular):
 
     def __repr__(self) -> str:
         head = f"Soulprint of {counted(len(self.layers), 'layer')} over {counted(self.steps, 'step')}"
-        keys = ("model", "prompt", "seed", "run")
+        keys = ("model", "prompt", "seed", "sample", "branch", "run")
         known = [f"{key}={plain(str(self.meta[key]))}" for key in keys if self.meta.get(key) is not None]
         lines = [
             [name, f"{mean:.4g}", f"{std:.4g}"]

@@ -282,6 +282,7 @@ class Trace(Saved, Tabular):
             "dropped_steps": self.dropped_steps,
             "unmeasured": self.unmeasured,
             "samples": len(self.samples),
+            "sample_meta": self.sample_meta(),
             "meta": self.meta,
         }
 
@@ -290,6 +291,11 @@ class Trace(Saved, Tabular):
         for index, sample in enumerate(self.samples):
             arrays |= sample._arrays(f"sample{index}.")
         return arrays
+
+    def sample_meta(self) -> list[dict[str, Any]]:
+        """Of each sample what its meta has beyond, or otherwise than, that of the run."""
+        whole = self.meta
+        return [{k: v for k, v in each.meta.items() if k not in whole or whole[k] is not v} for each in self.samples]
 
     def after(self, earlier: Trace) -> Trace:
         """The same run with what came before it, of which only the totals are kept; layers and statistics are alike."""
@@ -328,8 +334,7 @@ class Trace(Saved, Tabular):
             unmeasured={str(name): str(why) for name, why in header["unmeasured"].items()},
             meta=dict(header["meta"]),
             samples=[
-                cls._from_arrays(arrays, {**header, "samples": 0}, f"sample{index}.")
-                for index in range(int(header["samples"]))
+                cls._from_arrays(arrays, each, f"sample{index}.") for index, each in enumerate(_sample_headers(header))
             ],
             **columns,
         )
@@ -385,3 +390,11 @@ def _span(steps: Ints) -> str:
 
 def _wrap_hint(name: str) -> str:
     return f"Pass wrap(..., stats=[{name!r}]) before the run" if name in OPTIONAL else "Check the name"
+
+
+def _sample_headers(header: dict[str, Any]) -> list[dict[str, Any]]:
+    number, alone = int(header["samples"]), {**header, "samples": 0, "sample_meta": []}
+    own = header.get("sample_meta", [{}] * number)  # older files have none
+    if len(own) != number:
+        raise ValueError(f"{number} samples, and meta of {len(own)}")
+    return [{**alone, "meta": {**header["meta"], **each}} for each in own]
