@@ -158,6 +158,25 @@ def test_weights_of_eight_bits_are_no_rounding_of_the_dtype(llama, prompts):
     assert noesis.compare(exact, rounded, tolerance=0.03).first_divergence is None
 
 
+def captured(model, ids) -> noesis.Activations:
+    with noesis.capture(model, layers="blocks") as kept, torch.no_grad():
+        model(ids)
+    return kept
+
+
+def test_a_planted_fault_stands_out_of_what_a_dtype_rounds_in_decibels(llama, prompts):
+    ids, model = prompts[1][:, :80], llama[0]
+    exact, broken = captured(model, ids), copy.deepcopy(model)
+    broken.model.layers[2].mlp.up_proj.weight.data.mul_(1.3)
+    rounded, found = (
+        noesis.compare(exact, captured(copy.deepcopy(each).bfloat16(), ids)).sqnr for each in (model, broken)
+    )
+    assert rounded.min() > 25
+    assert noesis.compare(exact, captured(copy.deepcopy(model), ids)).relative_error.tolist() == [0.0] * len(rounded)
+    assert found[:2] == pytest.approx(rounded[:2])
+    assert (found[2:] < rounded[2:] - 6).all()
+
+
 def test_fresh_prompts_raise_few_alarms(healthy):
     """Over random choices of 8 prompts for the baseline, and 8 fresh ones: rate over layers and runs."""
     rng = np.random.default_rng(0)
