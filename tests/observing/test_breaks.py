@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -200,6 +200,11 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def some_are_slow(cases: Iterable[Any], *quick: Any) -> list[Any]:
+    """Those named run by default, on every version of torch; what they stand for, with the slow tests."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 def mixed() -> nn.Module:
     """Something of all kinds."""
     return Around(Item(), PartlyDisabled(), Branches(), Recurrent(nn.GRU), Nested(1), Leaf(8, 8))
@@ -238,7 +243,7 @@ def assert_like(trace: noesis.Trace, expected: noesis.Trace, *, exact: bool = Tr
 # ---------------------------------------------------------------- rows
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", some_are_slow(KINDS, "graph_break", "lstm", "nested"))
 def test_rows_are_those_of_eager_code_in_as_many_graphs_as_without(kind: str) -> None:
     """Over several calls, with other batches, which Dynamo compiles again."""
     eager, wrapped = (noesis.wrap(seeded(KINDS[kind]), layers="all") for _ in range(2))
@@ -281,7 +286,7 @@ ORDERS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("order", [ORDERS[0], *(pytest.param(order, marks=pytest.mark.slow) for order in ORDERS[1:])])
+@pytest.mark.parametrize("order", some_are_slow(ORDERS, ORDERS[0]))
 def test_in_whatever_order_they_are_wrapped_and_compiled(order: str) -> None:
     eager = noesis.wrap(seeded(mixed), layers="all")
     with torch.no_grad():
@@ -468,7 +473,7 @@ class Net(nn.Module):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", some_are_slow([None, True], None))
 def test_as_many_compilations_as_without(dynamic: bool | None, options: dict[str, Any]) -> None:
     """When the batch changes; 4 is also a size of the recorder's own tensors."""
     for make in (Net, lambda: nn.Sequential(Net())):
@@ -501,6 +506,7 @@ def test_compiling_while_paused_is_compiling_once_with_samples_too() -> None:
     assert [len(trace) for trace in (wrapped.trace(), *wrapped.trace().samples)] == [1] * 5
 
 
+@pytest.mark.slow
 def test_models_of_many_classes_compile_in_one_process() -> None:
     """Dynamo compiles one function a few times at most: what all observed models have in common must not count."""
     for number in range(12):
