@@ -54,6 +54,7 @@ def _seed() -> None:
 CORE = {
     *("contexts", "internals", "kernels", "test_robustness", "test_codebooks", "test_surprise", "test_capture"),
     *("test_breaks", "test_clock", "test_compile", "test_gradients", "test_observing", "test_off", "test_recorder"),
+    *("test_subclassing",),
 }
 
 

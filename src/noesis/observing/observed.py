@@ -8,7 +8,6 @@ modules, optimisers and `pipe.unet` keep what they hold, and `unwrap` gives the 
 from __future__ import annotations
 
 import copy
-import copyreg
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
@@ -27,12 +26,11 @@ from torch.nn.modules import module
 from ..errors import BadType, WrongState
 from ..internals import CALL, CALL_IMPL, passed_over, recomputing, register_block, traced_by_jit, traced_for_export
 from .site import Site
+from .subclassing import Generated, by_original, make_subclass, original_class, subclass_of
 from .switch import NEVER
 
-_GENERATED = "_noesis_generated"
 
-
-class Observed:
+class Observed(Generated):
     """Marks modules that noesis observes: `isinstance(module, noesis.Observed)`.
 
     Example:
@@ -48,11 +46,6 @@ class Observed:
     """
 
     _noesis = cast("Site | None", None)  # without an annotation, which torch.jit.script could not read
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        # A registry of subclasses would take the generated class for a new one.
-        if _GENERATED not in cls.__dict__:
-            super().__init_subclass__(**kwargs)
 
     @passed_over
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: PLR0912  whatever it called would cost a call
@@ -125,13 +118,7 @@ class Observed:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by way of the original class, since generated classes cannot be imported."""
-        reduced = super().__reduce_ex__(protocol)
-        newobj = copyreg.__newobj__  # type: ignore[attr-defined]
-        if isinstance(reduced, tuple) and reduced[0] is newobj and reduced[1][0] is type(self):
-            return (_new, (original_class(type(self)), *reduced[1][1:]), *reduced[2:])
-        if isinstance(reduced, tuple) and reduced[0] is type(self):
-            return (original_class(type(self)), *reduced[1:])  # made anew by its own recipe, and not observed
-        return reduced
+        return by_original(super().__reduce_ex__(protocol), type(self), observed_class)
 
 
 #: What LTX calls the batch that it has just put together, of one branch or of both: the pipeline tells which.
@@ -210,48 +197,25 @@ def _observed_generate(generate: Callable[..., Any]) -> Callable[..., Any]:
     return observed_generate
 
 
-_MADE: dict[type, type[nn.Module]] = {}
-
-
-def observed_class(original: type[nn.Module]) -> type[nn.Module]:
+def observed_class(original: type) -> type:
     """The observe-only subclass of a module class, made once."""
-    if original in _MADE:
-        return _MADE[original]
-    mixin = Observed
-    if hasattr(original, "cache_context"):
-        mixin = ObservedDenoiser
-    elif issubclass(original, GraphModule):
-        mixin = ObservedGraph
-    body: dict[str, Any] = {
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "__slots__": (),
-        _GENERATED: True,
-    }
-    generate = inspect.getattr_static(original, "generate", None)
-    if inspect.isfunction(generate):
-        body["generate"] = _observed_generate(generate)
-    metaclass: Any = type(original)
-    made: type[nn.Module] = metaclass(original.__name__, (mixin, original), body)
-    _MADE[original] = made
-    register_block(original, made)
+    made = subclass_of(original)
+    if made is None:
+        mixin = Observed
+        if hasattr(original, "cache_context"):
+            mixin = ObservedDenoiser
+        elif issubclass(original, GraphModule):
+            mixin = ObservedGraph
+        generate = inspect.getattr_static(original, "generate", None)
+        body = {"generate": _observed_generate(generate)} if inspect.isfunction(generate) else {}
+        made = make_subclass(original, mixin, **body)
+        register_block(original, made)
     return made
-
-
-def original_class(observed: type) -> type:
-    """The class an observed class was made from."""
-    return observed.__mro__[observed.__mro__.index(Observed) + 1]
 
 
 def site_of(module: nn.Module) -> Site | None:
     """What an observed module knows; None for one that is not observed."""
     return module._noesis if isinstance(module, Observed) else None
-
-
-def _new(original: type[nn.Module], *args: Any) -> Any:
-    made: Any = observed_class(original)
-    return made.__new__(made, *args)
 
 
 def become_observed(module: nn.Module, site: Site) -> None:
@@ -285,7 +249,7 @@ def restore(module: nn.Module) -> bool:
     """Give a module its class back; False if another library has built a class on ours since."""
     cls = type(module)
     original = original_class(cls)
-    if cls is observed_class(original):
+    if cls is subclass_of(original):
         module.__class__ = original
         del module.__dict__["_noesis"]
         return True

@@ -7,7 +7,6 @@ branches each forward of the denoiser holds. Nothing of diffusers is imported or
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ from ..internals import rebind
 from ..layers import denoisers_of
 from .pipeline_meta import call_meta, gathered, guidance_branch
 from .recorder import Recorder
+from .subclassing import Generated, by_original, make_subclass, original_class, subclass_of
 
 
 class Pipeline:
@@ -90,8 +90,8 @@ class Pipeline:
         calls = getattr(self.pipe, "_noesis", None)
         if not isinstance(calls, Calls) or calls.recorder is not self.recorder:
             return
-        original = _original_class(type(self.pipe))
-        if type(self.pipe) is _observed_class(original):
+        original = original_class(type(self.pipe))
+        if type(self.pipe) is subclass_of(original):
             object.__setattr__(self.pipe, "__class__", original)
             del self.pipe.__dict__["_noesis"]
         else:  # another library has built a class on ours; it stays in between, and does nothing
@@ -124,27 +124,21 @@ class Pipeline:
 # ---------------------------------------------------------------- the observed pipeline
 
 
-class ObservedPipeline:
+class ObservedPipeline(Generated):
     """Marks pipelines whose calls begin runs."""
 
     _noesis: Calls | None = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by way of the original class, since generated classes cannot be imported."""
-        reduced = super().__reduce_ex__(protocol)
-        newobj = copyreg.__newobj__  # type: ignore[attr-defined]
-        if isinstance(reduced, tuple) and reduced[0] is newobj and reduced[1][0] is type(self):
-            return (_new, (_original_class(type(self)), *reduced[1][1:]), *reduced[2:])
-        return reduced
-
-
-_MADE: dict[type, type] = {}
+        return by_original(super().__reduce_ex__(protocol), type(self), _observed_class)
 
 
 def _observed_class(original: type) -> type:
     """The subclass of a pipeline class whose calls begin runs, made once."""
-    if original in _MADE:
-        return _MADE[original]
+    made = subclass_of(original)
+    if made is not None:
+        return made
     call: Callable[..., Any] = original.__call__
 
     @functools.wraps(call)  # callers read the signature
@@ -159,24 +153,7 @@ def _observed_class(original: type) -> type:
         with calls.one(self, given):
             return call(self, *args, **kwargs)
 
-    body = {
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "__call__": observed_call,
-    }
-    made: type = type(original)(original.__name__, (ObservedPipeline, original), body)
-    _MADE[original] = made
-    return made
-
-
-def _original_class(observed: type) -> type:
-    return observed.__mro__[observed.__mro__.index(ObservedPipeline) + 1]
-
-
-def _new(original: type, *args: Any) -> Any:
-    made = _observed_class(original)
-    return made.__new__(made, *args)
+    return make_subclass(original, ObservedPipeline, __call__=observed_call)
 
 
 class Calls:
