@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import noesis
-from noesis.internals import stream_index
-from noesis.layers import batch_of, hidden_state
+from noesis.layers import batch_of, hidden_index, hidden_state
 
 from . import models
 from .entry import Entry, call
@@ -158,7 +157,7 @@ def test_every_layer_is_measured_or_named(entry: Entry) -> None:
     wrapped = noesis.wrap(model, layers="all")
     for name in wrapped.observed_layers:
         module = hooked.get_submodule(name)
-        module.register_forward_hook(lambda module, args, output, name=name: count(name, stream_index(module), output))
+        module.register_forward_hook(lambda module, args, output, name=name: count(name, hidden_index(module), output))
     seeded(hooked, entry)
     seeded(wrapped, entry)
     trace = wrapped.trace()

@@ -21,18 +21,20 @@ from .compiling import (
 )
 from .cuda import current_device, raw_stream
 from .frames import inlined, passed_over, untraced
-from .libraries import capture_declarations, device_kinds, register_block, rendezvous, stream_index
-from .modes import disturbed, undisturbed
+from .libraries import capture_declarations, declared_streams, device_kinds, register_block, rendezvous
+from .modes import call_undisturbed, disturbed, undisturbed
 from .tensors import local_part, storageless, traced_by_fx, traced_by_jit
 
 __all__ = [
     "CALL",
     "CALL_IMPL",
     "LISTENERS",
+    "call_undisturbed",
     "called_as_any",
     "capture_declarations",
     "compiled",
     "current_device",
+    "declared_streams",
     "device_kinds",
     "disturbed",
     "foreign",
@@ -52,7 +54,6 @@ __all__ = [
     "size_of",
     "stays",
     "storageless",
-    "stream_index",
     "times_traced",
     "traced_by_fx",
     "traced_by_jit",

@@ -33,12 +33,8 @@ def _recomputing_by_task() -> bool:
     return bool(_task() != -1)
 
 
-_recomputing = _recomputing_by_stack if _task is None else _recomputing_by_task
-
-
-def recomputing() -> bool:
-    """Whether a backward pass is running: activation checkpointing recomputes there what was seen already."""
-    return _recomputing()
+#: Whether a backward pass is running: activation checkpointing recomputes there what was seen already.
+recomputing: Callable[[], bool] = _recomputing_by_stack if _task is None else _recomputing_by_task
 
 
 _node = look_up(

@@ -44,17 +44,22 @@ def _declared(cls: type) -> Any:
         return None
 
 
-def stream_index(module: nn.Module) -> int | None:
-    """Where diffusers' registry says a block's hidden states are among its outputs.
+def declared_streams(module: nn.Module) -> dict[str, int]:
+    """Where diffusers' registry says a block's streams are among its outputs, by the names of its arguments.
 
-    The dual-stream blocks of SD3 and Flux return (text, image); the registry names the image stream.
+    The hidden states come first. The dual-stream blocks of SD3 and Flux return (text, image), and theirs is the image.
     """
     for cls in type(module).__mro__:
         metadata = _declared(cls)
         if metadata is not None:
-            index = attribute(metadata, "return_hidden_states_index")
-            return index if isinstance(index, int) else None
-    return None
+            found = {}
+            for role in ("hidden_states", "encoder_hidden_states"):
+                index = attribute(metadata, f"return_{role}_index")
+                if not isinstance(index, int):
+                    break
+                found[attribute(metadata, f"{role}_argument_name") or role] = index
+            return found
+    return {}
 
 
 def register_block(original: type[nn.Module], made: type[nn.Module]) -> None:

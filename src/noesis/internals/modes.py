@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+from torch.compiler import is_compiling
 
 from .lookup import look_up
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _SEEN = "such modes see the operations of noesis too"
 
@@ -46,3 +51,11 @@ def disturbed() -> bool:
     if _dispatch_modes is None or _function_modes is None:
         return True
     return bool(_dispatch_modes() or _function_modes())
+
+
+def call_undisturbed(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a function outside of such modes, where there are any."""
+    if is_compiling() or not disturbed():
+        return function(*args, **kwargs)
+    with undisturbed():
+        return function(*args, **kwargs)

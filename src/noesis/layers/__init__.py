@@ -2,27 +2,32 @@
 
 from .denoisers import DENOISER, denoisers_of
 from .kinds import named_layers
-from .outputs import batch_of, emittable, hidden_state, is_dtensor, is_number, part_emitted, part_of, unmeasurable
+from .outputs import batch_of, emittable, hidden_state, is_number, measurable, part_emitted, unmeasurable
 from .parts import Part, parts_of
 from .routers import Router, find_routers
-from .selecting import Layers, select
+from .selecting import Layer, Layers, choose, select
+from .streams import Place, hidden_index, stream
 
 __all__ = [
     "DENOISER",
+    "Layer",
     "Layers",
     "Part",
+    "Place",
     "Router",
     "batch_of",
+    "choose",
     "denoisers_of",
     "emittable",
     "find_routers",
+    "hidden_index",
     "hidden_state",
-    "is_dtensor",
     "is_number",
+    "measurable",
     "named_layers",
     "part_emitted",
-    "part_of",
     "parts_of",
     "select",
+    "stream",
     "unmeasurable",
 ]

@@ -82,7 +82,9 @@ def part_here(x: Any) -> Any:
 
 
 def part_emitted(x: Any) -> Any:
-    """What compiled code holds of a DTensor in this process; None where the part says nothing."""
+    """The same in compiled code; None where the part says nothing."""
+    if not is_dtensor(x):
+        return x
     if any(placement.is_partial() for placement in x.placements):
         return None
     return x.detach().to_local()
@@ -127,29 +129,39 @@ def is_number(timestep: Any) -> bool:
     )
 
 
-def unmeasurable(x: Any) -> str | None:
-    """Why a hidden state cannot be measured, or None if it can."""
+def measurable(x: Any, whole: bool = True) -> tuple[Any, str | None]:
+    """What this process can measure of a hidden state: all of it, or its part of a tensor that is spread over ranks.
+
+    Args:
+        x: what is there in its place.
+        whole: whether to look for a part where the whole cannot be measured.
+
+    Returns:
+        A tensor, and None; or anything, and why it cannot be measured.
+    """
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        return "no floating tensor"
-    if x.is_nested or x.layout != torch.strided:
-        return "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
-    if x.is_meta or storageless(x):
-        return "a tensor without data of its own (meta device or torch.func)"
-    if type(x) not in (Tensor, nn.Parameter) and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return f"a {type(x).__name__}"
-    return None
+        reason = "no floating tensor"
+    elif x.is_nested or x.layout != torch.strided:
+        reason = "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
+    elif x.is_meta or storageless(x):
+        reason = "a tensor without data of its own (meta device or torch.func)"
+    elif type(x) not in (Tensor, nn.Parameter) and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        reason = f"a {type(x).__name__}"
+    else:
+        return x, None
+    part = part_here(x) if whole else x
+    if part is x:
+        return x, reason
+    return (part, part) if isinstance(part, str) else measurable(part, whole=False)
 
 
-def part_of(whole: Any, reason: str) -> tuple[Any, str | None]:
-    """This process' part of what as a whole cannot be measured for a reason; why the part cannot be, or None."""
-    part = part_here(whole)
-    if part is whole:
-        return whole, reason
-    return part, part if isinstance(part, str) else unmeasurable(part)
+def unmeasurable(x: Any) -> str | None:
+    """Why a hidden state cannot be measured as a whole, or None if it can."""
+    return measurable(x, whole=False)[1]
 
 
 def emittable(x: Any) -> TypeGuard[Tensor]:
-    """Whether compiled code can measure a hidden state: what `unmeasurable` asks, as far as shapes and layouts tell."""
+    """Whether compiled code can measure a hidden state: what `measurable` asks, as far as shapes and layouts tell."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_nested or x.layout != torch.strided:
         return False
     return not is_dtensor(x)  # an operation takes no DTensor among tensors

@@ -17,7 +17,7 @@ class Part(NamedTuple):
     generates: bool  # whether it has a `generate` of its own, whose loop calls it
 
 
-def parts_of(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> list[Part]:
+def parts_of(model: nn.Module, chosen: list[nn.Module]) -> list[Part]:
     """The parts of a model that hold chosen layers, from the outside in.
 
     First come those that are the model but for single layers such as a head, one in another; then those that the
@@ -25,17 +25,17 @@ def parts_of(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> list[Part
 
     Args:
         model: the one that was wrapped.
-        chosen: its chosen layers, by name.
+        chosen: its chosen layers.
 
     Example:
         >>> from torch import nn
         >>> from noesis.layers import parts_of
         >>> body = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2)))
         >>> model = nn.Sequential(body, nn.Linear(2, 2))
-        >>> [(part.name, part.whole) for part in parts_of(model, [("0.0.0", body[0][0]), ("0.1.0", body[1][0])])]
+        >>> [(part.name, part.whole) for part in parts_of(model, [body[0][0], body[1][0]])]
         [('0', True), ('0.0', False), ('0.1', False)]
     """
-    ids = {id(module) for _, module in chosen}
+    ids = {id(module) for module in chosen}
     found: list[Part] = []
     node, prefix = model, ""
     while True:

@@ -16,6 +16,7 @@
 | `nn.Conv2d` | instances of a class |
 | `lambda name, module: ...` | what the predicate accepts |
 | `["linear", "head"]` | any of these |
+| `"blocks:text"` | a stream of the layers that a preset, name, glob or regular expression selects; a glob, too |
 """
 
 from __future__ import annotations
@@ -24,35 +25,35 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterable
-from fnmatch import translate
-from typing import Any, cast
+from fnmatch import fnmatchcase, translate
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
 from ..errors import BadType, BadValue
 from .blocks import blocks
 from .kinds import is_attention, is_conv, is_leaf, is_linear, is_mlp, is_norm, named_layers, router_declarations
+from .streams import Place, streams
 
 Predicate = Callable[[str, nn.Module], bool]
 Layers = str | type[nn.Module] | Predicate | Iterable["str | type[nn.Module] | Predicate"]
 
+
+class Layer(NamedTuple):
+    """What a row is of: the hidden state of a module, or another stream that it returns."""
+
+    name: str  # dotted; that of a stream stands behind a colon
+    module: nn.Module
+    place: Place | None  # of the stream in what the module returns; None for the hidden state
+
+
+#: A selector, and the stream behind it.
+_STREAM = re.compile(r"((?:re:)?.*[^:]):([\w*?\[\]!-]+)")
 _UNET = re.compile(r"^(?:down_blocks|mid_block|up_blocks)\..*\b(?:resnets|attentions)\.\d")
 
 
 def select(model: nn.Module, layers: Layers) -> list[tuple[str, nn.Module]]:
-    """The submodules of `model` that `layers` means, in the order of `named_modules()`.
-
-    Args:
-        model: the root; it is never selected itself.
-        layers: a preset, a dotted name, a glob, a regular expression (`"re:..."`), a module class,
-            a predicate `(name, module) -> bool`, or a list of these.
-
-    Returns:
-        Pairs of dotted name and module; a module that is reachable by several names is listed once.
-
-    Raises:
-        NoesisError: (a ValueError) when something in `layers` selects nothing, with the near names;
-            (a TypeError) when it is of another kind.
+    """The submodules of `model` that `layers` means, in the order of `named_modules()`; see `choose`.
 
     Example:
         >>> from torch import nn
@@ -61,6 +62,34 @@ def select(model: nn.Module, layers: Layers) -> list[tuple[str, nn.Module]]:
         >>> [name for name, _ in select(model, "linear")]
         ['0', '2']
     """
+    return [(layer.name, layer.module) for layer in choose(model, layers)]
+
+
+def choose(model: nn.Module, layers: Layers) -> list[Layer]:
+    """What `layers` means in `model`: submodules, in the order of `named_modules()`, and streams of them.
+
+    Args:
+        model: the root; it is never selected itself.
+        layers: a preset, a dotted name, a glob, a regular expression (`"re:..."`), a module class,
+            a predicate `(name, module) -> bool`, or a list of these. Behind a colon, a string may have the name of a
+            stream, or a glob over such names.
+
+    Returns:
+        Names, modules and places of streams; a module that is reachable by several names is listed once.
+
+    Raises:
+        NoesisError: (a ValueError) when something in `layers` selects nothing, with the near names;
+            (a TypeError) when it is of another kind.
+
+    Example:
+        >>> from torch import nn
+        >>> from noesis.layers import choose
+        >>> class Dual(nn.Module):
+        ...     def forward(self, hidden_states, encoder_hidden_states):
+        ...         return encoder_hidden_states, hidden_states
+        >>> [(layer.name, layer.place) for layer in choose(nn.Sequential(Dual()), ["0", "0:text"])]
+        [('0', None), ('0:text', (0,))]
+    """
     named = [(name, module) for name, module in named_layers(model) if name]
     if not named:
         raise BadValue(
@@ -68,14 +97,20 @@ def select(model: nn.Module, layers: Layers) -> list[tuple[str, nn.Module]]:
             "a model with at least one layer inside",
             "Wrap a module that contains it, for example nn.Sequential(model)",
         )
-    chosen: set[int] = set()
+    meant: dict[int, set[str]] = {}  # streams of each module; its hidden state has no name
     for item in _items(layers):
         accepts = predicate(model, item)
-        found = {id(module) for name, module in named if accepts(name, module)}
-        if not found:
-            raise _nothing(model, item, [name for name, _ in named])
-        chosen |= found
-    return [(name, module) for name, module in named if id(module) in chosen]
+        found = {id(module): {""} for name, module in named if accepts(name, module)}
+        for key, names in (found or _streams_meant(model, item, named)).items():
+            meant.setdefault(key, set()).update(names)
+    chosen: list[Layer] = []
+    for name, module in named:
+        if "" in meant.get(id(module), ()):
+            chosen.append(Layer(name, module, None))
+        if meant.get(id(module), set()) - {""}:
+            places = streams(module).items()
+            chosen += [Layer(f"{name}:{stream}", module, at) for stream, at in places if stream in meant[id(module)]]
+    return chosen
 
 
 def predicate(model: nn.Module, item: Any) -> Predicate:
@@ -186,6 +221,28 @@ def _glob(item: str) -> str:
             body = translate(component)  # '(?s:...)\\Z' or '(?s:...)\\z'
             parts.append(re.sub(r"\.\*|(?<!\\)\.(?!\*)", lambda m: "[^.]*" if m[0] == ".*" else "[^.]", body[4:-3]))
     return r"(?:^|\.)" + r"\.".join(parts) + r"$"
+
+
+def _streams_meant(model: nn.Module, item: Any, named: list[tuple[str, nn.Module]]) -> dict[int, set[str]]:
+    """The streams of modules that a selector means which as a whole selects no module."""
+    match = _STREAM.fullmatch(item) if isinstance(item, str) else None
+    base, wanted = match.groups() if match is not None else ("", "")
+    accepts = predicate(model, base)
+    modules = {name: module for name, module in named if match is not None and accepts(name, module)}
+    if not modules:
+        raise _nothing(model, item, [name for name, _ in named])
+    offered = {name: streams(module) for name, module in modules.items()}
+    found = {id(modules[name]): {s for s in there if fnmatchcase(s, wanted)} for name, there in offered.items()}
+    if any(found.values()):
+        return found
+    names = list(dict.fromkeys(stream for there in offered.values() for stream in there))
+    raise BadValue(
+        f"layers={item!r} means a stream {wanted!r}, which {base!r} of {type(model).__name__} has not",
+        f"one of its streams ({', '.join(names)})" if names else "layers whose forward returns several tensors by name",
+        f"Use {' or '.join(repr(f'{base}:{name}') for name in names)}"
+        if names
+        else f"These return one, as far as their source tells: use {base!r}, or output= of wrap",
+    )
 
 
 def _nothing(model: nn.Module, item: Any, names: list[str]) -> BadValue:

@@ -11,12 +11,11 @@ from loguru import logger
 from torch import nn
 
 from ..errors import NoesisError
-from ..internals import stream_index
-from ..layers import Part
+from ..layers import Layer, Part
 from .gradients import GradientRecorder
 from .observed import become_observed, restore, site_of
 from .recorder import Recorder
-from .site import Site
+from .site import Row, Site
 
 #: What a denoiser's forward may call its timestep.
 TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "sigmas")
@@ -24,7 +23,7 @@ TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "sigmas")
 
 def observe(
     recorder: Recorder,
-    chosen: list[tuple[str, nn.Module]],
+    chosen: list[Layer],
     roots: list[nn.Module],
     parts: list[Part],
     output: Callable[[Any], Any] | None,
@@ -46,15 +45,16 @@ def observe(
         if channels is not None and channels.settings.mask in names:
             site.mask = names.index(channels.settings.mask)
     by_name = {router.name: router for router in recorder.routers}
-    for index, (name, module) in enumerate(chosen):
+    for index, layer in enumerate(chosen):
+        module = layer.module
         _, site = sites.setdefault(id(module), (module, Site(recorder)))
-        site.index, site.name, site.places = index, name, recorder.places[index]
-        site.pick, site.stream = output, stream_index(module)
+        row = Row(layer, index, recorder.places[index], output)
+        site.rows.append(row)
+        site.name, site.looks = site.name or layer.name, True
         site.gradients = gradients
-        site.router = by_name.get(name)
-        site.looks = True
+        site.router = site.router or by_name.get(layer.name)
         if channels is not None and module is not logits:
-            site.channel = channels.add(name, module)
+            row.channel = channels.add(layer.name, module)
     if channels is not None and (logits is not None or channels.logits is not None):
         _, site = sites.setdefault(id(logits or root), (logits or root, Site(recorder)))
         site.doubt, site.looks = channels.see_logits(), True

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..internals import undisturbed
-from ..layers import part_of, unmeasurable
+from ..layers import measurable
 from ..results import ParameterNorms
 from .recorder import Recorder
 
@@ -55,10 +55,7 @@ class Weights:
         self.weighed_at = forwards
 
     def _measure(self, recorder: Recorder, index: int, x: Tensor) -> Tensor | None:
-        whole, reason = x.detach(), unmeasurable(x)
-        here: Any = whole
-        if reason is not None:
-            here, reason = part_of(whole, reason)
+        here, reason = measurable(x.detach())
         if reason is not None:
             recorder.unmeasured[self.names[index]] = reason
             return None

@@ -16,8 +16,8 @@ from loguru import logger
 from torch import Tensor, nn
 
 from ..errors import BadType, BadValue, TooLarge, WrongState
-from ..internals import recomputing, stream_index
-from ..layers import Layers, hidden_state, select
+from ..internals import recomputing
+from ..layers import Layer, Layers, choose, hidden_index, hidden_state, stream
 from ..results import Activations, bytes_of
 from ..text import counted
 from .wrap_model import resolve
@@ -60,13 +60,12 @@ def capture(model: Any, layers: Layers = "blocks", *, max_bytes: int = 1 << 30) 
     """
     _, root, _, _ = resolve(model)
     bound = _positive(max_bytes)
-    chosen = select(root, layers)
-    acts = Activations({name: [] for name, _ in chosen}, meta={"model": type(root).__name__})
+    chosen = choose(root, layers)
+    acts = Activations({layer.name: [] for layer in chosen}, meta={"model": type(root).__name__})
     recording = _Recording(acts, bound)
     handles: list[Any] = []
     try:
-        for name, module in chosen:
-            handles.append(module.register_forward_hook(recording.hook(name, stream_index(module))))
+        handles.extend(layer.module.register_forward_hook(recording.hook(layer)) for layer in chosen)
         yield acts
     finally:
         recording.open = False
@@ -84,11 +83,13 @@ class _Recording:
         # Removing a hook does not reach a deep copy of the module, nor a graph that was compiled with it.
         self.open = True
 
-    def hook(self, name: str, index: int | None) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(self, layer: Layer) -> Callable[[nn.Module, Any, Any], None]:
+        name, place, index = layer.name, layer.place, hidden_index(layer.module)
+
         def keep(_module: nn.Module, _args: Any, output: Any) -> None:
             # Inside a backward pass, a forward is the recomputation of activation checkpointing.
             if self.open and not recomputing():
-                self.keep(name, hidden_state(output, index))
+                self.keep(name, hidden_state(output, index) if place is None else stream(output, place))
 
         # Traced, the growing lists would recompile at every step.
         disable: Callable[..., Callable[[nn.Module, Any, Any], None]] = torch.compiler.disable

@@ -13,7 +13,7 @@ from torch import nn
 from .._version import __version__
 from ..errors import BadType, BadValue, WrongState
 from ..internals import inside, rebind
-from ..layers import Layers, find_routers, parts_of, select
+from ..layers import Layers, choose, find_routers, parts_of
 from ..observing import Channels, GradientRecorder, Recorder, Weights, observe, site_of
 from ..results import ALWAYS, OPTIONAL
 from ..surprise import Codebook, Scorer
@@ -48,7 +48,8 @@ def wrap(
         layers: what to observe: a preset (`"blocks"`, `"all"`, `"leaves"`, `"linear"`, `"conv"`,
             `"attention"`, `"mlp"`, `"norm"`, `"routers"`, `"unet"`, `"all_linear"`,
             `"first_linear"`), a dotted name, a glob, `"re:..."`, a module class, a predicate
-            `(name, module) -> bool`, or a list of these.
+            `(name, module) -> bool`, or a list of these. `"blocks:text"` and the like mean another stream that
+            layers return, of which each has a row of its own.
         stats: beside count, mean, std, abs_mean, min, max and nonfinite, which are always there,
             any of `"zeros"` (number of zero elements) and `"rms"` (root mean square).
         per_sample: keep a row per batch element too. An int is the largest batch there will be,
@@ -61,7 +62,8 @@ def wrap(
         logits: the module whose output are the logits, by name, or a callable from the model's output to them;
             how unsure they are then counts towards surprise.
         output: picks the tensor to measure from what a layer returns; by default its hidden state,
-            that is the first floating tensor, or the image stream of dual-stream blocks.
+            that is what its forward or diffusers calls so, or the first floating tensor. Streams that were
+            selected by name are measured beside it.
 
     Returns:
         The container, which runs the model when called.
@@ -91,9 +93,9 @@ def wrap(
     samples = FIRST_SAMPLES if per_sample is True else per_sample
     check_numbers(every=every, capacity=capacity, per_sample=1 if samples is False else samples)
     called, root, roots, pipeline = resolve(model)
-    chosen = select(root, layers)
+    chosen = choose(root, layers)
     settings: dict[str, Any] = {
-        "layers": [name for name, _ in chosen],
+        "layers": [layer.name for layer in chosen],
         "stats": kept_stats,
         "per_sample": per_sample,
         "every": every,
@@ -114,10 +116,12 @@ def wrap(
         recorder.gradients = GradientRecorder(names, device, **given, settings={})
     if parameters:
         recorder.weights = Weights(dict(root.named_parameters()), device, capacity)
-    recorder.count_routes(find_routers(root, chosen))
+    recorder.count_routes(find_routers(root, [(each.name, each.module) for each in chosen if each.place is None]))
     if codebook is not None:
         recorder.channels = Channels(codebook, logits if callable(logits) else None)
-    parts = parts_of(root, chosen) if pipeline is None else []  # a pipeline calls its denoisers
+    parts = (
+        parts_of(root, [layer.module for layer in chosen]) if pipeline is None else []
+    )  # a pipeline calls its denoisers
     observe(recorder, chosen, roots, parts, output, logits_module(root, logits))
     if codebook is not None and (channels := recorder.channels) is not None:
         seen = channels.doubt is not None

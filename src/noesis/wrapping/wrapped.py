@@ -194,7 +194,7 @@ class Wrapped(WithCodebooks, nn.Module):  # type: ignore[override]  # forward is
         if not self._recorder.attached:
             return []
         sites = [site for _, module in named_layers(self._root) if (site := site_of(module)) is not None]
-        there = {site.name for site in sites if site.recorder is self._recorder}
+        there = {row.name for site in sites if site.recorder is self._recorder for row in site.rows}
         return [name for name in self._recorder.names if name not in there and name not in self._recorder.unmeasured]
 
     def soulprint(self, *, group: ProcessGroup | None = None, timeout: float = 60.0) -> Soulprint:
