@@ -35,6 +35,7 @@ def observe(
     """
     channels = recorder.channels
     gradients = recorder.gradients if isinstance(recorder.gradients, GradientRecorder) else None
+    # A module has one site, be it the root, a layer, what gives the logits, or all of them.
     sites: dict[int, tuple[nn.Module, Site]] = {id(root): (root, Site(recorder)) for root in roots}
     for root, site in sites.values():
         site.root = site.starts = site.whole = True
@@ -50,7 +51,7 @@ def observe(
         _, site = sites.setdefault(id(module), (module, Site(recorder)))
         row = Row(layer, index, recorder.places[index], output)
         site.rows.append(row)
-        site.name, site.looks = site.name or layer.name, True
+        site.name, site.looks = site.name or layer.name, True  # the first row is that of the hidden state, if chosen
         site.gradients = gradients
         site.router = site.router or by_name.get(layer.name)
         if channels is not None and module is not logits:
@@ -73,6 +74,7 @@ def observe(
         for module in done:
             restore(module)
         raise
+    # These were not asked for: one that cannot be observed is left as it is, and does not stand in.
     done += [part.module for key, part in standing_in.items() if key not in sites and _could(part, Site(recorder))]
     recorder.observed = [weakref.ref(module) for module in done]
 

@@ -55,8 +55,8 @@ class Bank:
             self.scratch = scratch(device)
             self.no_timestep = torch.full((), torch.nan, dtype=wide, device=device)
             self.control[EVERY] = every
-            self.control[FOLD] = self._fold() if device.type == "cpu" else 1
-            self.control[SLOT] = capacity
+            self.control[FOLD] = self._fold() if device.type == "cpu" else 1  # other kernels add one step at a time
+            self.control[SLOT] = capacity  # the row that gathers what is called between forwards
             self.control[ENABLED] = self.control[ACTIVE] = 1
             self.sample_timesteps = torch.full((capacity + 1, samples), torch.nan, dtype=wide, device=device)
             for tensor in (self.slab, self.totals, self.steps, self.control, self.scratch, self.no_timestep):
@@ -112,7 +112,7 @@ class Bank:
         if each is not None and len(each) > room and not capturing:  # a graph writes to where the tensor was
             self._widen(len(each))
             room = len(each)
-        row = self.sample_timesteps.new_full((1, room), torch.nan)
+        row = self.sample_timesteps.new_full((1, room), torch.nan)  # also of none: the ring holds those of an old step
         if each is not None:
             row[0, : len(each)] = each[:room]
         self.sample_timesteps.index_copy_(0, self.control[SLOT : SLOT + 1], row)
@@ -136,6 +136,7 @@ class Bank:
         described = torch.full_like(known, batch)
         described[:, NUMBER], described[:, TIMESTEP] = known[:, NUMBER], self._on_device(timestep)
         described[:, BRANCH] = branch
+        # Whether this forward is observed is known on the device, and asking would wait for it.
         self.steps[slot] = torch.where(self.control[ACTIVE] > 0, described, known)
 
     def _on_device(self, timestep: Tensor | float | None) -> Tensor:
@@ -157,7 +158,7 @@ class Bank:
 
     def observe(self, x: Tensor, index: int, place: Tensor, samples: int, count_zeros: bool) -> None:
         """Merge a tensor into the row of layer `index`, which `place` holds on the device."""
-        if self.arrays is not None:
+        if self.arrays is not None:  # by index, past the dispatcher, which would cost more than small tensors do
             moments.observe_cpu(x.detach(), index, samples, count_zeros, self.arrays[0], self.arrays[3])
         else:
             moments.observe_anywhere(x, place, samples, count_zeros, self.slab, self.control, self.scratch)

@@ -41,7 +41,7 @@ class Channel:
         samples, settings = samples_of(x, batch), self.channels.settings
         channel = self.axis(x)
         mask = self.channels.mask_of(x, channel)
-        before = self.stamp
+        before = self.stamp  # which is replaced where the vectors have another width, and knows their forward
         buffer, stamp = self._room(samples, pooling.width(x, samples, channel, self.spread), x.device)
         self.order = self.channels.next_order()
         if self.channels.eager and not settings.detach and settings.learn and torch.is_grad_enabled():
@@ -201,10 +201,11 @@ class Channels:
         mask = kwargs.get(self.settings.mask)
         if mask is None and position is not None and len(args) > position:
             mask = args[position]
-        self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None  # others are no mask per token
         self.eager = not torch.compiler.is_compiling()
         if self.eager:
             self._order = 0
+            # Graphs of the forward before are let go here: who calls without a backward pass would gather them.
             for channel in self.layers.values() if not self.settings.detach else ():
                 channel.live = []
 

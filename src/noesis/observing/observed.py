@@ -80,6 +80,7 @@ class Observed(Generated):
         if not isinstance(self, Observed):  # unwrapped since; torch.compile keeps a bound `__call__`
             return type(self).__call__(self, *args, **kwargs)
         site = self._noesis
+        # Dynamo may ask whether it exports, and asks once; whether a call counts, its code asks the device at each.
         if site is None or (traced_for_export(site.recorder.key if site.root else "") if compiling else site.skips()):
             if site is not None and site.root and not compiling:
                 site.passes(args, kwargs)
@@ -89,6 +90,7 @@ class Observed(Generated):
             return output
         begun = inside = False
         try:
+            # Parts of the model begin steps only where nobody has; a root inside of a root has a step of its own.
             if site.starts and (site.root or not site.recorder.inside):
                 inside = site.recorder.inside
                 begun = site.begin(args, kwargs)
@@ -98,10 +100,11 @@ class Observed(Generated):
             if site.looks:
                 if compiling:
                     site.emit(output)
+                # A graph that is captured in a forward which `every` leaves out is replayed in others.
                 elif not site.recorder.skipping or site.recorder.capturing():
                     site.observe(output)
         finally:
-            if begun:
+            if begun:  # also where the model raised: whoever catches that may call layers by themselves
                 site.end(inside)
         return output
 

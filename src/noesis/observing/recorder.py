@@ -122,7 +122,7 @@ class Recorder(Answers):
             return True
         joins, compiling = False, torch.compiler.is_compiling()
         if compiling:
-            self.on_device = True
+            self.on_device = True  # later forwards run without the host, and without this line
         else:
             now, capturing = perf_counter(), self.capturing()
             self._note_autocast()
@@ -137,7 +137,7 @@ class Recorder(Answers):
         branch = -1 if name is None else self.branches.index(name)
         if isinstance(timestep, Tensor) and not compiling:
             self.bank(timestep.device)  # so that the timestep never has to leave its device
-        for bank in self.banks:
+        for bank in self.banks:  # of which those elsewhere know no timestep, which is no copy and no wait
             here = not isinstance(timestep, Tensor) or timestep.device == bank.device
             if joins:
                 bank.describe(timestep if here else None, branch, batch)
@@ -206,7 +206,7 @@ class Recorder(Answers):
         self.inside = inside
         if self.off_record is not None:
             return
-        if root:
+        if root:  # the step of a part stays open: other parts, or the model itself, may go on with it
             self.end()
         if self.gradients is not None and not torch.compiler.is_compiling():
             self.gradients.end()
@@ -273,7 +273,7 @@ class Recorder(Answers):
             self.gradients.go_to(devices)
 
     def _position(self, device: torch.device) -> int:
-        for position, bank in enumerate(self.banks):
+        for position, bank in enumerate(self.banks):  # one or two, found sooner than by hashing a device
             if bank.device == device:
                 return position
         self.banks.append(self.banks[0].beside(device))
@@ -296,7 +296,7 @@ class Recorder(Answers):
         """How many samples `x` can be told apart into; 0 when its first dimension is not of the batch."""
         length = x.shape[0] if x.dim() else 0
         batch = self._batch() or length
-        if not length or length % batch:
+        if not length or length % batch:  # a multiple is a batch repeated, as windows and beams are
             return 0
         if batch > bank.samples and not torch.compiler.is_compiling() and self._may_grow(bank):
             bank.grow(batch)  # otherwise the kernel says that there is no room

@@ -62,7 +62,7 @@ class Row:
         if x.grad_fn is None:  # a hook would stay on it from step to step
             gradients.unmeasured[self.name] = "a tensor that nothing was computed from: its gradient is its .grad"
             return
-        if mark.step == NOWHERE:
+        if mark.step == NOWHERE:  # of a forward that `every` leaves out
             return
 
         @inlined
@@ -136,9 +136,13 @@ class Site:
     @inlined
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """A forward of the root starts, or of a part in its place; whether it is of a step."""
+        # Which parts were called before is known on the host alone: compiled, only what is the whole model begins.
         if not self.root and (self.recorder.off_record is not None or (is_compiling() and not self.whole)):
             return False
-        return call_undisturbed(self._begin, args, kwargs)
+        if is_compiling() or not disturbed():  # what `call_undisturbed` does, a call sooner
+            return self._begin(args, kwargs)
+        with undisturbed():
+            return self._begin(args, kwargs)
 
     @untraced
     def passes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -164,12 +168,17 @@ class Site:
             begins = recorder.begin_part(self.name, self.generates, batch)
         if begins and recorder.channels is not None:
             recorder.channels.begin(args, kwargs, self.mask)
-        return begins is not None
+        return begins is not None  # a part that belongs to the model's next step has nothing to end
 
     @inlined
     def end(self, inside: bool) -> None:
         """The forward that began is over, which may have been inside of another."""
-        call_undisturbed(self.recorder.leave, root=self.root or is_compiling(), inside=inside)
+        root = self.root or is_compiling()
+        if is_compiling() or not disturbed():  # see `begin`
+            self.recorder.leave(root=root, inside=inside)
+        else:
+            with undisturbed():
+                self.recorder.leave(root=root, inside=inside)
 
     @untraced
     def observe(self, output: Any, alone: bool = False) -> None:
@@ -179,7 +188,7 @@ class Site:
             output: whatever that may be.
             alone: whether modes that would see what happens here were left; see `call_undisturbed`.
         """
-        if not alone and disturbed():
+        if not alone and disturbed():  # calls itself, since a function in between would cost every layer a call
             with undisturbed():
                 self.observe(output, alone=True)
             return
@@ -201,8 +210,9 @@ class Site:
                     continue
                 if on_record:
                     recorder.observe(x, row.index, row.places)
-                    if self.gradients is not None and whole.requires_grad:
+                    if self.gradients is not None and whole.requires_grad:  # which the part of a DTensor does not
                         row.await_gradient(whole, self.gradients, self.gradients.mark())
+                # A part as large as the whole is a copy of it, which holds all of each vector.
                 if row.channel is not None and (x is whole or x.shape == whole.shape):
                     recorder.keep(row.channel, x)
                 elif row.channel is not None:
