@@ -295,7 +295,7 @@ MOST_LINES = 400
 #: Files that are longer, and by how much they may be: these can only shrink.
 LONGER = {
     "kernels/moments/_triton.py": 486,
-    "observing/recorder.py": 420,
+    "observing/recorder.py": 419,
 }
 
 

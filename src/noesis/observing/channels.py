@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,13 +37,20 @@ class Channel:
         self.each: tuple[Tensor, Tensor | None] | None = None
         self.mixed: Tensor | None = None  # bool, on the device: whether calls of one forward do not fit together
 
+    def afresh(self, channels: Channels) -> Channel:
+        """One for the same layer, with nothing kept yet."""
+        made = Channel.__new__(Channel)
+        nothing: dict[str, Any] = {"buffer": None, "stamp": None, "order": 0, "live": [], "each": None, "mixed": None}
+        made.__dict__.update(self.__dict__, channels=channels, **nothing)
+        return made
+
     def observe(self, x: Tensor, batch: int, control: Tensor) -> None:
         """Keep the vectors of an output, in eager code."""
         samples, settings = samples_of(x, batch), self.channels.settings
         channel = self.axis(x)
         mask = self.channels.mask_of(x, channel)
         before = self.stamp  # which is replaced where the vectors have another width, and knows their forward
-        buffer, stamp = self._room(samples, pooling.width(x, samples, channel, self.spread), x.device)
+        buffer, stamp = self.room(samples, pooling.width(x, samples, channel, self.spread), x.device)
         self.order = self.channels.next_order()
         if self.channels.eager and not settings.detach and settings.learn and torch.is_grad_enabled():
             with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):  # checkpointing is to see nothing of ours
@@ -86,7 +94,7 @@ class Channel:
         swapped = x.shape[usual] not in self.widths and x.shape[other] in self.widths
         return other if swapped else usual
 
-    def _room(self, samples: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def room(self, samples: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Buffer and stamp for vectors of this kind, new ones if these do not do."""
         buffer, stamp = self.buffer, self.stamp
         fits = buffer is not None and buffer.device == device and buffer.shape[1] == width
@@ -194,6 +202,16 @@ class Channels:
         self.doubt = Channel("logits", nn.Module(), self, spread=False)
         return self.doubt
 
+    def afresh(self) -> tuple[Channels, dict[Channel, Channel]]:
+        """Channels for the same layers, with nothing kept yet and nothing to learn from; and which stands for which."""
+        made = Channels(replace(self.settings, detach=True), self.logits)
+        made.head = self.head
+        made.layers = {name: channel.afresh(made) for name, channel in self.layers.items()}
+        own = {channel: made.layers[name] for name, channel in self.layers.items()}
+        if self.doubt is not None:
+            made.doubt = own[self.doubt] = self.doubt.afresh(made)
+        return made, own
+
     # ------------------------------------------------------------ hot path
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], position: int | None) -> None:
@@ -211,10 +229,23 @@ class Channels:
 
     def forget(self) -> None:
         """Drop the vectors of the latest forward."""
-        for channel in [*self.layers.values(), *([] if self.doubt is None else [self.doubt])]:
+        for channel in self._all():
             channel.each, channel.mixed, channel.live = None, None, []
             if channel.stamp is not None:
                 channel.stamp.fill_(-1)
+
+    def make_room(self, seen: Channels) -> None:
+        """Have room for vectors such as these, since compiled code can make none; and know why others left none."""
+        self.uncoded |= seen.uncoded
+        for channel, other in zip(self._all(), seen._all(), strict=True):
+            if other.buffer is not None:
+                samples, width = other.buffer.shape
+                channel.room(samples, width, other.buffer.device)
+
+    def _all(self) -> Iterator[Channel]:
+        yield from self.layers.values()
+        if self.doubt is not None:
+            yield self.doubt
 
     def next_order(self) -> int:
         """Counts the layers of a forward as they run."""

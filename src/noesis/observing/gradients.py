@@ -83,8 +83,12 @@ class GradientRecorder(Recorder):
     def pause(self, paused: bool) -> None:
         """Stop observing, or go on."""
         if self.paused and not paused:
-            self.ends.append((node_count(), Mark(self.run, NOWHERE, None)))
+            self.pass_by()
         super().pause(paused)
+
+    def pass_by(self) -> None:
+        """Forwards until here were none of ours."""
+        self.ends.append((node_count(), Mark(self.run, NOWHERE, None)))
 
     def reset(self, meta: dict[str, Any]) -> None:
         """Forget the run and start another one, which gradients of earlier forwards are no part of."""

@@ -59,7 +59,8 @@ class Observed(Generated):
                 switch = NEVER
             # Without hooks a call comes to forward. To find that out here costs less than torch's call does.
             if switch.off and not (
-                this._backward_hooks
+                switch.off_record
+                or this._backward_hooks
                 or this._backward_pre_hooks
                 or this._forward_hooks
                 or this._forward_pre_hooks
@@ -101,7 +102,7 @@ class Observed(Generated):
                 if compiling:
                     site.emit(output)
                 # A graph that is captured in a forward which `every` leaves out is replayed in others.
-                elif not site.recorder.skipping or site.recorder.capturing():
+                elif not site.recorder.skipping or site.recorder.capturing() or site.recorder.off_record():
                     site.observe(output)
         finally:
             if begun:  # also where the model raised: whoever catches that may call layers by themselves

@@ -11,6 +11,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from time import perf_counter
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import NoesisError
 from ..internals import LISTENERS, set_size, size_of, stays, times_traced, undisturbed, untraced
-from ..kernels.layout import CONTROL, EVERY, FOLD, FORWARDS
+from ..kernels.layout import EVERY, FOLD
 from ..kernels.stepping import Clock
 from ..layers import Router
 from ..results import Trace
@@ -28,6 +29,7 @@ from .answers import Answers
 from .bank import Bank
 from .channels import Channel, Channels
 from .evidence import Evidence
+from .off_record import OffRecord, one_of
 from .route_bank import RouteBank
 from .stand_ins import StandIns
 from .switch import Switch
@@ -86,10 +88,7 @@ class Recorder(Answers):
         self.earlier: Trace | None = None  # the totals of the run before it was resumed
         self.gradients: Recorder | None = None  # of gradients, whose steps begin with these
         self.weights: Any = None  # a Weights: what is measured of parameters
-        self.off_record: dict[torch.device, Tensor] | None = (
-            None  # a control block per device, where forwards leave no mark
-        )
-        self.forwards_off_the_record = 0
+        self.spare: list[OffRecord] = []  # what off-the-record forwards left their vectors in, to be used again
         self.attached = True  # until its modules have their classes back
         self.family = uuid.uuid4().hex  # that copies share, to be unwrapped together
         self.evidence = Evidence()
@@ -101,13 +100,13 @@ class Recorder(Answers):
         self.clock.follow(self.banks[0].control)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "observed": []}  # the modules of a copy are not these
+        return {**self.__dict__, "observed": [], "spare": []}  # the modules of a copy are not these
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._listen()
         # Whoever leaves a pause, a forward or a calibration leaves that of the original.
-        self.pauses, self.skipping, self.inside, self.batch, self.off_record = 0, False, False, None, None
+        self.pauses, self.skipping, self.inside, self.batch = 0, False, False, None
         self.pause(False)
         self._settle()
 
@@ -117,9 +116,6 @@ class Recorder(Answers):
         """A forward of the root starts, or of a part that is all of it; whether this is a step of its own."""
         self.size(batch)
         self.inside = True
-        if self.off_record is not None:
-            self.forwards_off_the_record += 1
-            return True
         joins, compiling = False, torch.compiler.is_compiling()
         if compiling:
             self.on_device = True  # later forwards run without the host, and without this line
@@ -204,8 +200,6 @@ class Recorder(Answers):
             self.evidence.inside |= self.times_traced != times_traced()
         self.size(None)
         self.inside = inside
-        if self.off_record is not None:
-            return
         if root:  # the step of a part stays open: other parts, or the model itself, may go on with it
             self.end()
         if self.gradients is not None and not torch.compiler.is_compiling():
@@ -232,27 +226,28 @@ class Recorder(Answers):
 
     def keep(self, channel: Channel, x: Tensor) -> None:
         """Keep the vectors of `x` for `surprise`; calls between forwards belong to none."""
-        batch = self._batch()
+        if torch.compiler.is_compiling():
+            batch = self._batch()
+            if batch is not None:
+                channel.emit(x, batch, self.bank(x.device).control)
+            return
+        off_record, batch = self.off_record(), self.batch
+        if off_record is not None:
+            channel, batch = off_record.own(channel), off_record.batch
         if batch is None:
             return
-        if torch.compiler.is_compiling():
-            channel.emit(x, batch, self.bank(x.device).control)
-            return
         try:
-            channel.observe(x, batch, self._control(x.device))
+            control = self.bank(x.device).control if off_record is None else off_record.control(x.device)
+            channel.observe(x, batch, control)
         except NoesisError as error:
             channel.drop(str(error))
         except Exception as error:  # whatever an output may be, the model goes on
             channel.drop(f"{type(error).__name__}: {error}")
 
-    def _control(self, device: torch.device) -> Tensor:
-        if self.off_record is None:
-            return self.bank(device).control
-        control = self.off_record.get(device)
-        if control is None:
-            control = self.off_record[device] = torch.ones(CONTROL, dtype=torch.int64, device=device)
-        control[FORWARDS] = self.forwards_off_the_record
-        return control
+    def drop(self, channel: Channel, reason: str) -> None:
+        """Leave nothing of this forward in a channel, and say why."""
+        off_record = self.off_record()
+        (channel if off_record is None else off_record.own(channel)).drop(reason)
 
     def route(self, logits: Tensor, indices: Tensor, router: int) -> None:
         """Count where a router sent its tokens."""
@@ -318,12 +313,12 @@ class Recorder(Answers):
         """Dynamo traces the model, whose next forward will run compiled."""
         if exporting:
             self.evidence.passed_by("traced by torch.export")
-        elif not self.paused and self.off_record is None:
+        elif not self.paused and self.off_record() is None:
             self.evidence.compiled_at = self.forwards
 
     def returned(self) -> None:
         """The container was called, and the model returned."""
-        if not self.paused and self.off_record is None:
+        if not self.paused and self.off_record() is None:
             self.evidence.calls += 1
 
     # ------------------------------------------------------------ control
@@ -344,25 +339,29 @@ class Recorder(Answers):
 
     def _settle(self) -> None:
         """Say whether layers are passed by."""
-        off = (self.paused or self.skipping) and self.off_record is None
-        self.switch.turn(off, cuda=self.on_cuda, gradients=self.gradients is not None)
+        self.switch.turn(self.paused or self.skipping, cuda=self.on_cuda, gradients=self.gradients is not None)
 
     @contextmanager
-    def off_the_record(self) -> Iterator[None]:
-        """Forwards inside are no steps; their vectors are kept until the next one, and forgotten at the end."""
-        before = self.off_record
+    def off_the_record(self) -> Iterator[OffRecord]:
+        """Forwards of this thread inside are no steps; their vectors are kept until the next one, or the end."""
+        assert self.channels is not None  # whoever asks has codebooks
+        off_record, thread, found = self.switch.off_record, get_ident(), one_of(self.spare, self.channels)
+        before = off_record.get(thread)
+        off_record[thread] = found
         try:
-            self.off_record, self.forwards_off_the_record = {}, 0
-            self._settle()
-            if self.channels is not None:
-                self.channels.forget()  # forwards are counted anew, and are none of those before
-            yield
+            yield found
         finally:
-            self.off_record = before
-            self.size(None)
-            self._settle()
-            if self.channels is not None:
-                self.channels.forget()
+            if before is None:
+                del off_record[thread]
+            else:
+                off_record[thread] = before
+        found.clear()
+        self.spare.append(found)  # not after an exception: its last kernels may still be to come
+
+    def off_record(self) -> OffRecord | None:
+        """What keeps the vectors of this thread's forwards, where they are off the record."""
+        found = self.switch.off_record
+        return found.get(get_ident()) if found else None
 
     @untraced
     def set_every(self, every: int) -> None:

@@ -124,8 +124,9 @@ class Site:
         Backward passes recompute what was seen; other tracers than Dynamo write programs for where there is no noesis.
         """
         recorder = self.recorder
-        off = (recorder.paused or (recorder.skipping and not self.root)) and recorder.off_record is None
-        if off and not recorder.capturing():  # a graph asks the device whether to observe, at every replay
+        off = recorder.paused or (recorder.skipping and not self.root)
+        # A graph asks the device whether to observe, at every replay.
+        if off and recorder.off_record() is None and not recorder.capturing():
             return True
         if not (recomputing() or traced_by_jit() or traced_by_fx() or foreign()):
             return False
@@ -137,7 +138,7 @@ class Site:
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """A forward of the root starts, or of a part in its place; whether it is of a step."""
         # Which parts were called before is known on the host alone: compiled, only what is the whole model begins.
-        if not self.root and (self.recorder.off_record is not None or (is_compiling() and not self.whole)):
+        if not self.root and is_compiling() and not self.whole:
             return False
         if is_compiling() or not disturbed():  # what `call_undisturbed` does, a call sooner
             return self._begin(args, kwargs)
@@ -153,7 +154,13 @@ class Site:
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Find timestep and batch, and begin."""
-        recorder, batch = self.recorder, batch_of(args, kwargs)
+        recorder = self.recorder
+        off_record = None if is_compiling() else recorder.off_record()
+        if off_record is not None:
+            if self.root:
+                off_record.begin(args, kwargs, self.mask)
+            return self.root
+        batch = batch_of(args, kwargs)
         begins: bool | None
         if self.whole:
             timestep = None
@@ -174,7 +181,10 @@ class Site:
     def end(self, inside: bool) -> None:
         """The forward that began is over, which may have been inside of another."""
         root = self.root or is_compiling()
-        if is_compiling() or not disturbed():  # see `begin`
+        off_record = None if is_compiling() else self.recorder.off_record()
+        if off_record is not None:
+            off_record.end()
+        elif is_compiling() or not disturbed():  # see `begin`
             self.recorder.leave(root=root, inside=inside)
         else:
             with undisturbed():
@@ -193,20 +203,20 @@ class Site:
                 self.observe(output, alone=True)
             return
         recorder = self.recorder
-        on_record = recorder.off_record is None
+        on_record = recorder.off_record() is None
         try:
             if self.router is not None and on_record:
                 self.route(output, self.router)
             if self.doubt is not None:
                 self.keep_doubt(output, self.doubt)
         except Exception as error:  # whatever an output may be, the model goes on
-            recorder.unmeasured[self.name] = f"{type(error).__name__}: {error}"
+            self.leave_out(self.name, None, f"{type(error).__name__}: {error}")
         for row in self.rows:
             try:
                 whole = row.pick(output)
                 x, reason = measurable(whole)
                 if reason is not None:
-                    recorder.unmeasured[row.name] = f"{reason}, in an output of type {type(output).__name__}"
+                    self.leave_out(row.name, row.channel, f"{reason}, in an output of type {type(output).__name__}")
                     continue
                 if on_record:
                     recorder.observe(x, row.index, row.places)
@@ -216,9 +226,16 @@ class Site:
                 if row.channel is not None and (x is whole or x.shape == whole.shape):
                     recorder.keep(row.channel, x)
                 elif row.channel is not None:
-                    row.channel.drop("a DTensor, whose vectors are spread over ranks")
+                    recorder.drop(row.channel, "a DTensor, whose vectors are spread over ranks")
             except Exception as error:  # one row's is not the others'
-                recorder.unmeasured[row.name] = f"{type(error).__name__}: {error}"
+                self.leave_out(row.name, row.channel, f"{type(error).__name__}: {error}")
+
+    def leave_out(self, name: str, channel: Channel | None, reason: str) -> None:
+        """Say why a row is not measured; what others do off the record is no news of the trace."""
+        if self.recorder.off_record() is None:
+            self.recorder.unmeasured[name] = reason
+        elif channel is not None:
+            self.recorder.drop(channel, reason)
 
     def emit(self, output: Any) -> None:
         """The same in compiled code, which sees shapes and layouts only: the data comes later.
@@ -257,9 +274,9 @@ class Site:
             if reason is None:
                 call_undisturbed(self.recorder.keep, head, x)
             else:
-                head.drop(f"{reason}, in what the module of the logits is given")
+                self.recorder.drop(head, f"{reason}, in what the module of the logits is given")
         except Exception as error:  # whatever an argument may be, the model goes on
-            head.drop(f"{type(error).__name__}: {error}")
+            self.recorder.drop(head, f"{type(error).__name__}: {error}")
 
     def keep_doubt(self, output: Any, doubt: Channel) -> None:
         """Keep what the logits among an output say."""
@@ -267,7 +284,7 @@ class Site:
         try:
             logits: Any = hidden_state(output) if channels.logits is None else channels.logits(output)
         except Exception as error:  # a callable that expects another output
-            doubt.drop(f"{type(error).__name__}: {error}")
+            self.recorder.drop(doubt, f"{type(error).__name__}: {error}")
             return
         if is_compiling():
             if emittable(logits) and logits.dim() > 1:
@@ -279,7 +296,7 @@ class Site:
         if reason is None:
             self.recorder.keep(doubt, channels.doubt_of(logits.detach()))
         else:
-            doubt.drop(f"{reason}, where logits were to be")
+            self.recorder.drop(doubt, f"{reason}, where logits were to be")
 
     def route(self, output: Any, router: Router) -> None:
         """Look at what a router chose."""

@@ -7,6 +7,7 @@ from typing import Any
 from torch.nn import Module
 
 from ..internals import called_as_any
+from .off_record import OffRecord
 
 
 class Switch:
@@ -16,9 +17,11 @@ class Switch:
         self.off = False
         self.cuda = self.gradients = False  # what else has to be asked
         self.classes: set[type[Module]] = set()  # that the layers had
+        self.off_record: dict[int, OffRecord] = {}  # by thread: layers look, whatever the recorder does
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "classes": set()}  # a class may be one that cannot be pickled
+        # A class may be one that cannot be pickled; and what threads run of the original they do not run of a copy.
+        return {**self.__dict__, "classes": set(), "off_record": {}}
 
     def add(self, cls: type[Module]) -> bool:
         """Whether a layer of this class can ask here."""

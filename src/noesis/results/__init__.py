@@ -13,7 +13,7 @@ from .routes import Routes
 from .saved import Saved
 from .soulprint import Soulprint
 from .statistics import ALWAYS, OPTIONAL, fields_of, stats_of
-from .surprise import LayerSurprise, Reason, Surprise
+from .surprise import Judgement, LayerSurprise, Reason, Surprise
 from .token_comparison import token_deltas
 from .tokens import TokenDeltas
 from .trace import Trace
@@ -27,6 +27,7 @@ __all__ = [
     "Comparison",
     "Divergence",
     "Fidelity",
+    "Judgement",
     "LayerSurprise",
     "ParameterNorms",
     "Reason",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -252,6 +252,18 @@ class Surprise(Saved, Tabular):
         rest = f"\n... and {len(self) - len(shown)} more" if len(self) > len(shown) else ""
         note = "" if self.calibrated is not None else "\nno p-values yet: they need wrapped.calibrate(loader)"
         return f"Surprise of {len(self)} samples in {len(self.layers)} layers\n{table(header, lines)}{rest}{note}"
+
+
+class Judgement(NamedTuple):
+    """What a model returned, and how strange its inputs are.
+
+    Attributes:
+        output: of the model, as it returned it.
+        surprise: of the same call.
+    """
+
+    output: Any
+    surprise: Surprise
 
 
 def _layer(arrays: files.Arrays, index: int, samples: tuple[int, ...]) -> LayerSurprise:

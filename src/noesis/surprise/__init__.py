@@ -1,6 +1,6 @@
 """What is normal: codebooks, calibration, scores, drift."""
 
-from ..results import LayerSurprise, Reason
+from ..results import Judgement, LayerSurprise, Reason
 from .calibration import Calibration
 from .calibration_file import (
     load_calibration,
@@ -25,6 +25,7 @@ __all__ = [
     "Collected",
     "Collection",
     "DriftMonitor",
+    "Judgement",
     "Kept",
     "LayerCodebook",
     "LayerSurprise",

@@ -49,6 +49,7 @@ class LayerCodebook(nn.Module):
     norm: Tensor
     counts: Tensor
 
+    @torch.inference_mode(False)  # what is made inside of it could not be filled outside
     def __init__(self, settings: Codebook, device: torch.device) -> None:
         super().__init__()
         self.settings = settings

@@ -6,6 +6,8 @@ A forward only averages outputs over positions. Code lengths are computed when t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from threading import RLock
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,15 +58,32 @@ class Scorer:
         self.calibration: Calibration | None = None
         self.handed_out = False  # whether an optimiser may hold the codes
         self.warned = False  # of train mode
+        self.lock = RLock()  # of codes and calibration, which are replaced while other threads have scores made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=RLock())
 
     # ------------------------------------------------------------ scores
 
     def surprise(self, kept: dict[str, Kept], logits: Tensor | None) -> Surprise:
         """The scores of what a forward left, in the order the layers ran."""
-        if self.calibration is not None:
-            kept = {name: found for name, found in kept.items() if name in self.calibration.layers}
-        self.ensure_codes(kept)
-        return self.judge(kept, logits)
+        with self.lock:
+            if self.calibration is not None:
+                kept = {name: found for name, found in kept.items() if name in self.calibration.layers}
+            self.ensure_codes(kept)
+            return self.judge(kept, logits)
+
+    def check_calibrated(self) -> None:
+        """Refuse to judge by nothing."""
+        if self.calibration is None:
+            raise WrongState(
+                "There is no calibration to judge by",
+                "a calibrated model",
+                "Call wrapped.calibrate(loader), or wrapped.load_calibration(path)",
+            )
 
     def learned(self) -> bool:
         """Whether there are codes that were learned, which a calibration keeps."""
@@ -177,20 +196,21 @@ class Scorer:
         ready = [name for name in books if self.books[name].ready]
         before = {name: {part: array.copy() for part, array in self.books[name].arrays().items()} for name in ready}
         calibration_before = self.calibration
-        try:
-            for name, book in books.items():
-                device = self.books[name].centre.device
-                self.books[name].restore(book.arrays())
-                self.books[name].to(device)
-            self.calibration = calibration
-        except BaseException:
-            for name in books:
-                if name in before:
-                    self.books[name].restore(before[name])
-                else:
-                    self.books[name].forget()
-            self.calibration = calibration_before
-            raise
+        with self.lock:
+            try:
+                for name, book in books.items():
+                    device = self.books[name].centre.device
+                    self.books[name].restore(book.arrays())
+                    self.books[name].to(device)
+                self.calibration = calibration
+            except BaseException:
+                for name in books:
+                    if name in before:
+                        self.books[name].restore(before[name])
+                    else:
+                        self.books[name].forget()
+                self.calibration = calibration_before
+                raise
 
     def _fitted(
         self,

@@ -39,16 +39,16 @@ def collect(
         raise BadType(
             f"calibrate({type(loader).__name__})", "an iterable of batches", "Pass [batch] for a single batch"
         )
-    collection = Collection(scorer, channels.uncoded)
     device = next((tensor.device for tensor in root.parameters()), torch.device("cpu"))
-    with evaluating(root), torch.no_grad(), eager(), recorder.off_the_record():
+    with evaluating(root), torch.no_grad(), eager(), recorder.off_the_record() as seen:
+        collection = Collection(scorer, seen.channels.uncoded)
         for batch in bar(loader, progress):
-            before, moved = recorder.forwards_off_the_record, moved_to(batch, device)
+            before, moved = seen.forwards, moved_to(batch, device)
             if forward is not None:
                 forward(model, moved)
             else:
                 run(model, moved)
-            forwards = recorder.forwards_off_the_record
+            forwards = seen.forwards
             if forwards != before + 1:
                 raise BadValue(
                     f"A batch for which the model ran {forwards - before} times",
@@ -56,7 +56,8 @@ def collect(
                     "Leave batches out in the loader, and have forward= call the model once",
                 )
             known = labels_of(batch) if labels else None
-            collection.add(channels.kept(forwards), channels.kept_logits(forwards), known)
+            collection.add(seen.channels.kept(forwards), seen.channels.kept_logits(forwards), known)
+        channels.make_room(seen.channels)
     return collection
 
 

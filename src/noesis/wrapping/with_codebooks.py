@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from loguru import logger
 from torch import Tensor, nn
 
 from .. import files
 from ..distributed import calibrate_over
-from ..errors import BadType, BadValue, NoesisWarning, NotThere
-from ..internals import undisturbed, untraced
+from ..errors import BadType, BadValue, NoesisWarning, NotThere, WrongState
+from ..internals import compiled, inside, undisturbed, untraced
 from ..kernels.layout import FORWARDS
-from ..observing import Channels, Recorder
-from ..results import Surprise
+from ..observing import Channels, GradientRecorder, Recorder, site_of
+from ..results import Judgement, Surprise
 from ..surprise import (
     Ambiguity,
     Calibration,
@@ -148,6 +150,68 @@ at 0.0099; 2 layers and the logits)
             channels, forwards = self._channels(), self._forwards()
             found: Surprise = scorer.surprise(channels.kept(forwards), channels.kept_logits(forwards))
         return found
+
+    @untraced
+    def judge(self, *args: Any, **kwargs: Any) -> Judgement:
+        """Run the model once; returns its output and how strange each sample of this very call is.
+
+        It is `wrapped(*args, **kwargs)` and `surprise()` in one, for threads that share a model: what the call leaves
+        inside the model is this thread's own, and the scores are what they would be if nobody else were there. The call
+        is no step of the trace, which other threads may be recording; it is judged inside `paused()` too, and whatever
+        `every` is. If the call runs the model several times, as that of a pipeline does, the scores are of the last
+        time.
+
+        Args:
+            args: the model's.
+            kwargs: the model's.
+
+        Returns:
+            The pair `(output, surprise)`, to be unpacked or read by these names.
+
+        Raises:
+            NoesisError: before the model runs, without a codebook or a calibration, or when observed layers are inside
+                of compiled modules, which write to places that all threads share; afterwards, when no calibrated
+                layer left vectors.
+
+        Example:
+            >>> import torch, noesis
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+            >>> wrapped = noesis.wrap(model, layers="1", codebook=noesis.Codebook())
+            >>> calibration = wrapped.calibrate([torch.randn(600, 4)])
+            >>> output, surprise = wrapped.judge(torch.full((2, 4), 30.0))
+            >>> output.shape, surprise.is_ood(alpha=0.02).tolist()
+            (torch.Size([2, 3]), [True, True])
+        """
+        scorer, recorder = self._scorer(), self._recorder
+        scorer.check_calibrated()
+        if not recorder.attached:
+            raise WrongState("This model is unwrapped", "one that is observed", "Wrap it again")
+        self._check_eager()
+        if not scorer.warned:
+            self._warn_of_train_mode(scorer)
+        with recorder.off_the_record() as seen:
+            output = self.observed_model(*args, **kwargs)
+            with undisturbed():
+                kept, logits = seen.channels.kept(seen.forwards), seen.channels.kept_logits(seen.forwards)
+                with scorer.lock:
+                    scorer.check_calibrated()  # another thread may have gone on learning
+                    surprise = scorer.surprise(kept, logits)
+        if isinstance(recorder.gradients, GradientRecorder) and torch.is_grad_enabled():
+            recorder.gradients.pass_by()
+        return Judgement(output, surprise)
+
+    def _check_eager(self) -> None:
+        if "torch._dynamo" not in sys.modules:  # nothing is compiled
+            return
+        model = self._root if self._pipeline is not None else self.observed_model
+        for module in model.modules():
+            if compiled(module) and any(site_of(part) for part in module.modules() if part is not module):
+                raise WrongState(
+                    f"There are observed layers inside of a compiled {type(inside(module)).__name__}, which writes "
+                    "what they leave to one place for all threads",
+                    "layers in eager code, or that are compiled one by one and observed as a whole",
+                    "Give each thread a copy.deepcopy(wrapped), and call wrapped(...) and wrapped.surprise()",
+                )
 
     def _warn_of_train_mode(self, scorer: Scorer) -> None:
         name = next((name for name, module in self._root.named_modules() if module.training and wavers(module)), None)
