@@ -19,6 +19,7 @@ import noesis
 from noesis.files import heading
 from noesis.files.versions import VERSIONS, check_header
 from noesis.surprise import LayerSurprise
+from noesis.testing.snapshot import Snapshot
 
 FILES = Path(__file__).parent / "v1"
 STATS = ("count", "mean", "std", "abs_mean", "min", "max", "nonfinite", "zeros", "rms")
@@ -136,6 +137,7 @@ def write_all() -> None:
         a_fidelity().save(FILES / f"fidelity.{suffix}")
         a_weighing().save(FILES / f"parameter_norms.{suffix}")
     noesis.compare(trace.soulprint(3), trace.soulprint(5)).save(FILES / "comparison.json")
+    Snapshot.of(trace).save(FILES / "snapshot.json")
     some_activations().save(FILES / "activations.safetensors")
     some_deltas().save(FILES / "token_deltas.json")
     wrapped = watched()
@@ -154,6 +156,12 @@ def test_traces_and_soulprints(suffix: str) -> None:
 def test_comparisons() -> None:
     trace = a_trace()
     equal(noesis.compare(trace.soulprint(3), trace.soulprint(5)), noesis.Comparison.load(FILES / "comparison.json"))
+
+
+def test_snapshots() -> None:
+    found, new = Snapshot.load(FILES / "snapshot.json"), Snapshot.of(a_trace())
+    assert found.differences(new) == []
+    assert found.to_json() == new.to_json()
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "json"])

@@ -19,6 +19,7 @@ VERSIONS = {
     "parameter_norms": 1,
     "routes": 1,
     "run_state": 1,
+    "snapshot": 1,
     "soulprint": 1,
     "surprise": 1,
     "token_deltas": 1,

@@ -4,7 +4,7 @@ from .activations import Activations, bytes_of
 from .columns import COLUMNS, from_known, from_rows, merged_known, names_of, to_known, to_rows
 from .comparing import compare
 from .comparison import Comparison
-from .divergence import Divergence
+from .divergence import Divergence, allowances, allowed, divergences
 from .fidelity import Fidelity
 from .loading import load_run, load_runs
 from .named_scalars import STATS, scalars, under
@@ -12,7 +12,7 @@ from .parameter_norms import ParameterNorms
 from .routes import Routes
 from .saved import Saved
 from .soulprint import Soulprint
-from .statistics import ALWAYS, OPTIONAL, fields_of, stats_of
+from .statistics import ALWAYS, COUNTS, OPTIONAL, fields_of, stats_of
 from .surprise import Judgement, LayerSurprise, Reason, Surprise
 from .token_comparison import token_deltas
 from .tokens import TokenDeltas
@@ -21,6 +21,7 @@ from .trace import Trace
 __all__ = [
     "ALWAYS",
     "COLUMNS",
+    "COUNTS",
     "OPTIONAL",
     "STATS",
     "Activations",
@@ -37,8 +38,11 @@ __all__ = [
     "Surprise",
     "TokenDeltas",
     "Trace",
+    "allowances",
+    "allowed",
     "bytes_of",
     "compare",
+    "divergences",
     "fields_of",
     "from_known",
     "from_rows",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .runs import Recorded
+from .runs import Recorded, Stepwise
 
 
 class Lengths(NamedTuple):
@@ -22,7 +22,7 @@ class Lengths(NamedTuple):
     common: int
 
 
-def common_steps(a: Recorded, b: Recorded) -> list[tuple[int, int]]:
+def common_steps(a: Stepwise, b: Stepwise) -> list[tuple[int, int]]:
     """The places in both traces of the steps that they have in common, in order.
 
     Steps are matched by number. Parts of runs that have no number in common are matched by their order.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..numerics import Floats, Ints
 from .common_steps import common_steps
-from .runs import Recorded
+from .runs import Recorded, Stepwise
 
 #: Standard deviations that two runs may be apart unless asked otherwise: some eighty times what float32 resolves.
 TOLERANCE = 1e-5
@@ -55,33 +55,46 @@ def first_divergence(a: Recorded, b: Recorded, tolerance: float | None = None) -
     Returns:
         The divergence, or None when the traces are the same in the steps that both have.
     """
+    return next((where for where, _ in divergences(a, b, allowed(a, b, tolerance))), None)
+
+
+def divergences(a: Stepwise, b: Stepwise, within: tuple[float, float]) -> Iterator[tuple[Divergence, float]]:
+    """Every number at which two traces differ, the first first, and how many times what is allowed they are apart.
+
+    For `within` see `allowed`, for the rest `first_divergence`. What has to be equal is infinitely many times too far
+    apart, as NaN is from a number.
+    """
     places = {name: at for at, name in enumerate(b.layers)}
     names = [name for name in a.layers if name in places]
     at_a, at_b = [at for at, name in enumerate(a.layers) if name in places], [places[name] for name in names]
     stats = [name for name in a.stats if name in b.stats]
-    base, rounding = allowed(a, b, tolerance)
     for i, j in common_steps(a, b):
         one = dict(zip(a.stats, a.values[i, at_a].T, strict=True))
         other = dict(zip(b.stats, b.values[j, at_b].T, strict=True))
-        calls = a.calls[i, at_a], b.calls[j, at_b]
-        apart = {"calls": calls[0] != calls[1]}
-        apart |= {stat: ~_alike(stat, one, other, base, rounding) for stat in stats}
-        anywhere = np.any(list(apart.values()), axis=0)
-        if anywhere.any():
-            order = np.argsort(_running_order(a.order[i, at_a]), kind="stable")
-            layer = order[anywhere[order]][0]
-            stat = next(stat for stat, where in apart.items() if where[layer])
-            values = calls if stat == "calls" else (one[stat], other[stat])
-            return Divergence(int(a.steps[i]), names[layer], stat, *(float(value[layer]) for value in values))
-    return None
+        values = {"calls": (a.calls[i, at_a], b.calls[j, at_b])} | {stat: (one[stat], other[stat]) for stat in stats}
+        excess = {stat: _excess(x, y, _most(stat, one, other, *within)) for stat, (x, y) in values.items()}
+        order = np.argsort(_running_order(a.order[i, at_a]), kind="stable")
+        anywhere = np.any([each > 1 for each in excess.values()], axis=0)
+        for layer in order[anywhere[order]]:
+            for stat, (x, y) in values.items():
+                if excess[stat][layer] > 1:
+                    where = Divergence(int(a.steps[i]), names[layer], stat, float(x[layer]), float(y[layer]))
+                    yield where, float(excess[stat][layer])
 
 
-def allowed(a: Recorded, b: Recorded, tolerance: float | None) -> tuple[float, float]:
+def allowances(run: Stepwise, within: tuple[float, float]) -> Floats:
+    """How far each number of a run may be from another run's, float64 [steps, layers, stats]; see `allowed`."""
+    of = dict(zip(run.stats, np.moveaxis(run.values, -1, 0), strict=True))
+    each = [np.broadcast_to(_most(stat, of, of, *within), run.values.shape[:-1]) for stat in run.stats]
+    return np.stack(each, axis=-1)
+
+
+def allowed(a: Stepwise, b: Stepwise, tolerance: float | None) -> tuple[float, float]:
     """How far two runs may be apart: in standard deviations of a layer, and in the size of its elements."""
     return (TOLERANCE, ROUNDINGS * resolution(a, b)) if tolerance is None else (tolerance, 0.0)
 
 
-def resolution(*runs: Recorded) -> float:
+def resolution(*runs: Stepwise) -> float:
     """What the coarsest dtype among runs resolves, of their parameters or of autocast."""
     return max(RESOLUTION.get(name, RESOLUTION["float32"]) for run in runs for name in _dtypes(run.meta))
 
@@ -92,26 +105,31 @@ def _dtypes(meta: dict[str, Any]) -> list[str]:
     return ["float32", *(str(name) for each in given for name in (each if isinstance(each, list) else [each]))]
 
 
-def _alike(
-    stat: str, one: dict[str, Floats], other: dict[str, Floats], base: float, rounding: float
-) -> NDArray[np.bool_]:
-    """Where a statistic is the same [layers], as far as is asked for."""
-    x, y = one[stat], other[stat]
-    equal = (x == y) | (np.isnan(x) & np.isnan(y))
-    if not base or stat in ("count", "nonfinite"):
-        return np.asarray(equal)
+def _most(stat: str, one: dict[str, Floats], other: dict[str, Floats], base: float, rounding: float) -> Floats:
+    """How far apart a statistic of two runs may be [layers]; see `allowed` for the last two."""
+    if not base or stat in ("calls", "count", "nonfinite"):
+        return np.zeros(())
     with np.errstate(invalid="ignore", over="ignore"):
-        most: Any = max(base, rounding)
+        x, y = one[stat], other[stat]
+        widest = max(base, rounding)
         spread = pooled_std(one["std"], other["std"])
         largest = np.maximum(np.abs(x), np.abs(y))
         if stat == "zeros":
-            most = SINGLE * most * one["count"] + (2 if rounding > base else 0)  # an element or two of few
+            found = SINGLE * widest * one["count"] + (2 if rounding >= base else 0)  # an element or two of few
         elif stat in ("min", "max"):
-            most = SINGLE * most * (spread + largest)
+            found = SINGLE * widest * (spread + largest)
         else:
             size = np.maximum(np.hypot(one["mean"], one["std"]), np.hypot(other["mean"], other["std"]))
-            most = np.maximum(base * np.where(spread > 0, spread, largest), rounding * size)
-        return np.asarray(equal | (np.abs(x - y) <= most))
+            found = np.maximum(base * np.where(spread > 0, spread, largest), rounding * size)
+        return np.asarray(found, dtype=np.float64)
+
+
+def _excess(x: Floats, y: Floats, most: Floats) -> Floats:
+    """How many times further apart than they may be numbers are [layers]."""
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        times = np.abs(x - y) / most
+    equal = (x == y) | (np.isnan(x) & np.isnan(y))
+    return np.where(equal, 0.0, np.where(np.isnan(times), np.inf, times))
 
 
 def _running_order(order: Ints) -> Floats:

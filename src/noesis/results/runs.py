@@ -17,9 +17,8 @@ class Averaged(Protocol):
     meta: dict[str, Any]
 
 
-@runtime_checkable
-class Recorded(Protocol):
-    """A run step by step, as `Trace` is; see there for the shapes."""
+class Stepwise(Protocol):
+    """The statistics of layers step by step; see `Trace` for the shapes."""
 
     values: Floats
     layers: list[str]
@@ -27,13 +26,19 @@ class Recorded(Protocol):
     steps: Ints
     order: Ints
     calls: Ints
-    timesteps: Floats
     dropped_steps: int
     meta: dict[str, Any]
 
     def __len__(self) -> int:
         """How many steps there are."""
         ...
+
+
+@runtime_checkable
+class Recorded(Stepwise, Protocol):
+    """A run step by step, as `Trace` is."""
+
+    timesteps: Floats
 
     def at(self, keep: Any) -> Recorded:
         """Some of its steps alone; `keep` is a mask over the steps."""
