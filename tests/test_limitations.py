@@ -227,21 +227,23 @@ class TimeFirst(nn.Module):
 
 def test_layers_without_the_batch_in_front_have_no_rows_per_sample() -> None:
     wrapped = noesis.wrap(TimeFirst(), per_sample=True, layers="all")
-    wrapped(torch.randn(2, 5, 4))
-    trace = wrapped.trace()
-    assert trace["count"].tolist() == [[60, 4]]
-    assert [sample.soulprint().layers for sample in trace.samples] == [["head"], ["head"]]
+    for length in (5, 4):  # 4 steps of time are a multiple of the batch of 2
+        wrapped.reset()
+        wrapped(torch.randn(2, length, 4))
+        with pytest.warns(noesis.NoesisWarning, match="There are no rows per sample of lstm"):
+            trace = wrapped.trace()
+        assert trace["count"].tolist() == [[2 * length * 6, 4]]
+        assert [sample.soulprint().layers for sample in trace.samples] == [["head"], ["head"]]
 
 
-def test_a_multiple_of_the_batch_in_front_is_taken_for_the_batch() -> None:
+def test_as_many_as_the_batch_in_front_are_taken_for_the_batch() -> None:
     model = TimeFirst()
     wrapped = noesis.wrap(model, per_sample=True, layers="all")
-    x = torch.randn(2, 4, 4)  # 4 steps of time are a multiple of the batch of 2
+    x = torch.randn(3, 3, 4)  # as many steps of time as samples
     wrapped(x)
-    first, second = (sample["mean"][0, 0] for sample in wrapped.trace().samples)
     hidden = model.lstm(x.transpose(0, 1))[0]
-    assert first == pytest.approx(hidden[:2].mean().item(), rel=1e-5)  # half of the time, of both samples
-    assert second == pytest.approx(hidden[2:].mean().item(), rel=1e-5)
+    for sample, mixed in zip(wrapped.trace().samples, hidden, strict=True):
+        assert sample["mean"][0, 0] == pytest.approx(mixed.mean().item(), rel=1e-5)  # a moment of all samples
 
 
 # ---------------------------------------------------------------- tensors

@@ -449,6 +449,13 @@ def test_calibration_is_that_of_one_process(two: Path, case: str, tmp_path: Path
 
 
 @pytest.mark.slow
+def test_what_padding_does_is_known_to_all_ranks(two: Path) -> None:
+    found = {"words": "masked", "numbered": "depends"}
+    for rank in range(2):
+        assert told(two, rank)["padded"] == {"layers": ["words"], "padding": found, "used": found}
+
+
+@pytest.mark.slow
 def test_more_samples_than_are_kept(two: Path) -> None:
     assert told(two, 0)["chosen"] == told(two, 1)["chosen"]
     assert "Calibration(240 samples" in told(two, 0)["chosen"]

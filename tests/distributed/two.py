@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,31 @@ def normal() -> list[Tensor]:
 def coded() -> noesis.Wrapped:
     """A wrap with codebooks."""
     return noesis.wrap(small(), layers=["0", "1"], codebook=noesis.Codebook(size=16), logits="2")
+
+
+class Words(nn.Module):
+    """Word embeddings, and positions that count padding on the left too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.numbered = nn.Embedding(9, 6), nn.Linear(6, 6)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.numbered(self.words(ids) + torch.arange(ids.shape[1])[:, None])
+
+
+def padded(rank: int) -> dict[str, object]:
+    """What both ranks know of padding that is on the right on rank 0, and on the left on rank 1."""
+    wrapped = noesis.wrap(Words(), layers="leaves", codebook=noesis.Codebook(size=4))
+    ids, mask = torch.randint(1, 9, (100, 8)), torch.ones(100, 8, dtype=torch.int64)
+    mask[::2, slice(0, 3) if rank else slice(5, 8)] = 0
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        made = wrapped.calibrate(
+            [{"ids": ids * mask, "attention_mask": mask}], progress=False, group=dist.group.WORLD, timeout=20
+        )
+    return {"layers": made.layers, "padding": made.padding, "used": wrapped._channels().padding.found}
 
 
 def steps(model: nn.Module, rank: int, optimiser: torch.optim.Optimizer | None = None) -> nn.Module:
@@ -200,6 +226,7 @@ def main(folder: Path) -> None:
     told["tensor parallel"], told["uncoded"] = tensor_parallel(rank, folder)
     told["compiled"] = compiled(rank, folder)
     told |= calibration(rank, folder)
+    told["padded"] = padded(rank)
     (folder / f"told.{rank}.json").write_text(json.dumps(told))
     dist.barrier()
     dist.destroy_process_group()

@@ -493,6 +493,38 @@ def test_as_many_compilations_as_without(dynamic: bool | None, options: dict[str
         assert counts[0][-1] == (3 if dynamic is None else 2)
 
 
+class Pooled(nn.Module):
+    """Words of any number, and behind a graph break one vector for each text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 8), nn.Linear(8, 8)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        pooled = (self.embed(ids) * attention_mask[..., None]).sum(1)
+        torch._dynamo.graph_break()
+        return self.head(pooled)
+
+
+@pytest.mark.parametrize("options", [{"per_sample": 16}, {"codebook": noesis.Codebook()}], ids=str)
+def test_longer_texts_compile_little_more_behind_a_graph_break(options: dict[str, Any]) -> None:
+    """With codebooks the mask is looked at there, so that other lengths compile once; the bare model knows of none."""
+    counts = []
+    for kind in ("bare", "wrapped"):
+        torch._dynamo.reset()
+        model = Pooled()
+        if kind != "bare":
+            noesis.wrap(model, layers="leaves", **options)
+        call, counter = compiled(model)
+        counts.append([])
+        for samples, length in ((4, 5), (4, 6), (4, 7), (6, 7), (5, 9)):
+            call(torch.ones(samples, length, dtype=torch.int64), torch.ones(samples, length))
+            counts[-1].append(counter.frame_count)
+    first, *others = (np.diff(counts[1]) - np.diff(counts[0])).tolist()
+    assert first == ("codebook" in options)
+    assert not any(others)
+
+
 def test_compiling_while_paused_is_compiling_once_with_samples_too() -> None:
     wrapped = noesis.wrap(Net(), layers="all", per_sample=4)
     call, counter = compiled(wrapped.observed_model, fullgraph=True)

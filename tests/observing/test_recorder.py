@@ -224,12 +224,46 @@ def test_tokens_flattened_with_the_batch_are_told_apart():
     x = torch.randn(2, 7, 4)
     wrapped = noesis.wrap(Flat(), layers="leaves", per_sample=True)
     wrapped(x)
-    trace = wrapped.trace()
+    with pytest.warns(noesis.NoesisWarning, match="There are no rows per sample of odd:"):
+        trace = wrapped.trace()
     assert [sample["mean"][0, 0] for sample in trace.samples] == pytest.approx(
         x.double().mean((1, 2)).tolist(), rel=1e-5
     )
     assert [sample["count"][0, 1] for sample in trace.samples] == [0, 0]
+    assert np.isnan([sample["mean"][0, 1] for sample in trace.samples]).all()
     assert trace["count"][0, 1] == 3 * 2 * 4
+    wrapped(x)
+    assert len(wrapped.trace()) == 2  # and says so no more
+
+
+def test_rows_per_sample_do_not_grow_by_what_is_no_batch() -> None:
+    """Patches of all images in one tensor, as Qwen2-VL takes them, are as many as they like."""
+
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vision, self.merge, self.words = nn.Linear(4, 4), nn.Identity(), nn.Embedding(9, 4)
+
+        def image(self, pixels: Tensor) -> Tensor:
+            return self.merge(self.vision(pixels)[::4])
+
+        def forward(self, ids: Tensor, mask: Tensor, pixels: Tensor) -> Tensor:
+            return self.words(ids) * mask[..., None] + self.image(pixels).mean()
+
+    model = Patches()
+    wrapped = noesis.wrap(model, layers="leaves", per_sample=True)
+    ids, pixels, room = torch.ones(2, 5, dtype=torch.int64), torch.randn(400, 4), wrapped._recorder.banks[0].samples
+    wrapped(pixels=pixels, ids=ids, mask=torch.ones(2, 5))
+    model.image(pixels)  # between forwards
+    with pytest.warns(noesis.NoesisWarning, match="no rows per sample of vision, merge:"):
+        trace = wrapped.trace()
+    assert wrapped._recorder.banks[0].samples == room
+    assert [sample.calls[0].tolist() for sample in trace.samples] == [[0, 0, 1]] * 2
+    assert trace.calls.tolist() == [[1, 1, 1], [1, 1, 0]]
+    wrapped.reset()
+    wrapped(pixels=pixels, ids=ids, mask=torch.ones(2, 5))
+    with pytest.warns(noesis.NoesisWarning, match="no rows per sample of vision, merge:"):  # once a run
+        wrapped.trace()
 
 
 def test_long_samples_are_measured_one_by_one():

@@ -117,6 +117,23 @@ RESULTS = [faithful, weighed, traced, printed, compared, judged, surprised, rout
 OPTIONAL = {"totals", "vector_layout", "lengths", "meta_differences", "sample_meta", "substituted", "tolerance"}
 
 
+def test_why_layers_could_not_be_judged_is_saved(tmp_path: Path) -> None:
+    surprise = surprised(NAMES)
+    surprise.absent, surprise.reasons = ["gone", "padded"], {"padded": "padding changes its figures"}
+    for again in (
+        noesis.Surprise.from_json(surprise.to_json()),
+        noesis.Surprise.load(surprise.save(tmp_path / "s.json")),
+    ):
+        assert again.reasons == surprise.reasons
+        with pytest.raises(noesis.NoesisError, match="cannot be judged .padded: padding changes its figures"):
+            _ = again.p_value
+    header = json.loads(surprise.to_json())
+    del header["reasons"]
+    assert noesis.Surprise.from_json(header).reasons == {}
+    with pytest.raises(noesis.NoesisError, match="reasons"):
+        noesis.Surprise.from_json(header | {"reasons": ["padded"]})
+
+
 @pytest.mark.parametrize("make", [make for make in RESULTS if make is not captured])
 def test_results_come_back_from_json_and_from_every_file_they_are_saved_to(make: Any, tmp_path: Path) -> None:
     result = make(NAMES)

@@ -903,7 +903,7 @@ def test_outputs_without_the_batch_in_front_are_named() -> None:
         only.calibrate([torch.randn(50, 4) for _ in range(4)], progress=False)
 
 
-def test_the_first_tensor_says_how_large_the_batch_is() -> None:
+def test_a_timestep_of_one_element_does_not_say_how_large_the_batch_is() -> None:
     class Denoiser(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -914,10 +914,24 @@ def test_the_first_tensor_says_how_large_the_batch_is() -> None:
 
     wrapped = noesis.wrap(Denoiser(), layers="linear", codebook=noesis.Codebook())
     wrapped(torch.zeros(1), torch.randn(60, 4))
-    with pytest.raises(NoesisError, match="no codes yet, and 1 vectors of layer to begin with"):
-        wrapped.surprise()
+    assert len(wrapped.surprise()) == 60
     wrapped(timestep=torch.zeros(60), x=torch.randn(60, 4))
     assert len(wrapped.surprise()) == 60
+
+
+def test_arguments_that_share_something_else_say_how_large_the_batch_is() -> None:
+    class Graphs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nodes, self.whole = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, nodes, weights):
+            return self.whole(x) + (self.nodes(nodes) * weights).sum(0)
+
+    wrapped = noesis.wrap(Graphs(), layers="linear", codebook=noesis.Codebook())
+    wrapped(torch.randn(60, 4), torch.randn(90, 4), torch.randn(90, 1))
+    assert len(wrapped.surprise()) == 90
+    assert "shape (60, 4) in a forward of 90 samples" in wrapped._channels().uncoded["whole"]
 
 
 def test_settings_are_checked() -> None:

@@ -313,6 +313,29 @@ def test_calibrating_beside_calls_that_are_judged(net: Net) -> None:
         assert {which for found in in_threads(3, run) for which in found} <= {0, 1}
 
 
+def test_each_thread_has_the_padding_of_its_own_calls() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    wrapped = noesis.wrap(encoder, layers="layers.*", codebook=noesis.Codebook())
+
+    def batch(seed: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(3, 12, (8, 1), generator=generator)
+        return {
+            "src": torch.randn(8, 12, 16, generator=generator),
+            "src_key_padding_mask": torch.arange(12) >= lengths,
+        }
+
+    wrapped.calibrate([batch(seed) for seed in range(40)], progress=False)
+    assert set(wrapped.calibration.padding.values()) == {"masked"}
+    with one_thread():
+        alone = [wrapped.judge(**batch(100 + number)).surprise for number in range(40)]
+        beside = in_threads(4, lambda thread: [wrapped.judge(**batch(100 + n)).surprise for n in range(thread, 40, 4)])
+    assert all(same(alone[4 * n + thread], one) for thread, found in enumerate(beside) for n, one in enumerate(found))
+    other = wrapped.judge(batch(100)["src"]).surprise  # the mask does matter
+    assert not np.array_equal(other.score, alone[0].score)
+
+
 # ---------------------------------------------------------------- compiled code
 
 

@@ -211,7 +211,7 @@ def test_codebooks_keep_vectors_of_every_sample(entry: Entry) -> None:
         assert_same(seeded(bare, entry), seeded(wrapped, entry))
     channels, trace, forwards = wrapped._channels(), wrapped.trace(), wrapped._forwards()
     inputs = entry.inputs()
-    batch = batch_of((), inputs) if isinstance(inputs, dict) else batch_of(inputs, {})
+    batch = (batch_of((), inputs) if isinstance(inputs, dict) else batch_of(inputs, {})).size
     kept = {name: channel.kept(forwards) for name, channel in channels.layers.items()}
     kept = {name: found.vectors for name, found in kept.items() if found is not None}
     assert all(len(vectors) == batch and vectors.isfinite().all() for vectors in kept.values())

@@ -13,7 +13,7 @@ from safetensors.numpy import save as pack_safetensors
 
 from ..errors import BadValue, NoesisError, WrongState
 from ..numerics import Ints, Reservoir
-from ..surprise import Calibration, Collection, Scorer, Store, read_calibration, written_calibration
+from ..surprise import DEPENDS, Calibration, Collection, Scorer, Store, read_calibration, written_calibration
 from .ranks import Ranks, as_bytes, named
 
 if TYPE_CHECKING:
@@ -77,7 +77,16 @@ def calibrate_over(
 def _collected(own: Collection | None) -> dict[str, Any]:
     """What a rank says of its collection before vectors travel."""
     if own is None or own.reservoir is None:
-        return {"seen": 0, "held": 0, "room": None, "ran": {}, "widths": {}, "logits": False, "labels": False}
+        return {
+            "seen": 0,
+            "held": 0,
+            "room": None,
+            "ran": {},
+            "widths": {},
+            "logits": False,
+            "labels": False,
+            "padding": {},
+        }
     whole = {name: store for name, store in own.values.items() if own.ran[name] == own.seen}
     return {
         "seen": own.seen,
@@ -87,6 +96,7 @@ def _collected(own: Collection | None) -> dict[str, Any]:
         "widths": {name: list(store.rows().shape[-1:]) for name, store in whole.items()},
         "logits": own.logits is not None and len(own.logits.rows()) == own.reservoir.held,
         "labels": own.labels is not None,
+        "padding": own.padding,
     }
 
 
@@ -146,6 +156,9 @@ def _add(union: Collection, told: dict[str, Any], arrays: dict[str, NDArray[Any]
     """Put what one rank sent after what those before it have."""
     for name, samples in told["ran"].items():
         union.ran[name] = union.ran.get(name, 0) + samples
+    for name, found in told["padding"].items():
+        # What ranks do not agree on, padding changes on some of them.
+        union.padding[name] = found if union.padding.get(name, found) == found else DEPENDS
     for key, array in arrays.items():
         kind, _, index = key.partition(".")
         if kind in ("values", "counts"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -151,29 +151,44 @@ def _mark_early() -> None:
         _EARLY.clear()
 
 
-# ---------------------------------------------------------------- numbers that change from call to call
+# ---------------------------------------------------------------- tensors whose sizes change from call to call
 
 
-class _Sizes:
-    """Tensors of no elements, by keys.
+class _Kept:
+    """Tensors by keys.
 
     Compiled code takes a number that an object holds for a constant, and the size of a tensor for a variable, unless it
     comes upon it by way of a module of torch.nn: so they are kept here.
     """
 
 
-_SIZES = _Sizes()
+_KEPT = _Kept()
 
 
-def set_size(key: str, size: int | None, device: torch.device) -> None:
-    """Keep a size for compiled code to read, or none."""
-    if size is None:
-        _SIZES.__dict__.pop(key, None)
+def keep(key: str, value: Tensor | tuple[Tensor, ...] | None) -> None:
+    """Keep tensors for compiled code to read, or none."""
+    setattr(_KEPT, key, value)
+
+
+def drop_kept(key: str) -> None:
+    """Keep nothing by this key any more."""
+    _KEPT.__dict__.pop(key, None)
+
+
+def kept(key: str) -> Any:
+    """What was kept; compiled code depends on the sizes of the tensors that it has looked at."""
+    return getattr(_KEPT, key, None)
+
+
+def set_sizes(key: str, sizes: Iterable[tuple[int, ...]] | None, device: torch.device) -> None:
+    """Keep some groups of sizes for compiled code to read, or none."""
+    if sizes is None:
+        drop_kept(key)
     else:
-        setattr(_SIZES, key, torch.empty(size, 0, device=device))
+        keep(key, tuple([torch.empty(0, *group, device=device) for group in sizes]))
 
 
-def size_of(key: str) -> int | None:
-    """The size that was kept; in compiled code a variable."""
-    kept = getattr(_SIZES, key, None)
-    return None if kept is None else kept.shape[0]
+def sizes_of(key: str) -> tuple[Tensor, ...] | None:
+    """The groups that were kept, each as a tensor of shape [0, *sizes]; in compiled code sizes are variables."""
+    groups: tuple[Tensor, ...] | None = kept(key)
+    return groups

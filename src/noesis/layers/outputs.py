@@ -90,24 +90,6 @@ def part_emitted(x: Any) -> Any:
     return x.detach().to_local()
 
 
-def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any], depth: int = 3) -> int:
-    """The batch size of a call: the first dimension of its first tensor argument, 1 without one.
-
-    A mapping or tuple of tensors is looked into; a list of tensors is a batch of as many.
-    """
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor):
-            if value.dim() > 0:
-                return value.size(0)  # unlike .shape, nested tensors have it
-        elif isinstance(value, list) and value and all(isinstance(element, torch.Tensor) for element in value):
-            return len(value)
-        elif isinstance(value, (dict, tuple)) and depth > 0:
-            inside = batch_of((), value, depth - 1) if isinstance(value, dict) else batch_of(value, {}, depth - 1)
-            if inside > 1:
-                return inside
-    return 1
-
-
 #: What a timestep has to stay below to be recorded exactly.
 LARGEST_TIMESTEP = 2.0**53
 

@@ -4,6 +4,7 @@ from .attach import detach, observe
 from .channels import Channels
 from .gradients import GradientRecorder
 from .observed import Observed, plain, site_of
+from .padding import Trial, Tried
 from .pipelines import Pipeline
 from .recorder import Recorder
 from .weights import Weights
@@ -14,6 +15,8 @@ __all__ = [
     "Observed",
     "Pipeline",
     "Recorder",
+    "Trial",
+    "Tried",
     "Weights",
     "detach",
     "observe",

@@ -99,4 +99,5 @@ class Answers:
         if self.per_sample:
             used = (reading.totals[1:, :, layout.STEPS] > 0).any(1).sum()
             whole.samples = [one(1 + sample) for sample in range(int(used))]
+            self.evidence.say_without_samples(reading.without_samples(self.names))
         return whole

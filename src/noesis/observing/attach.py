@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from loguru import logger
 from torch import nn
 
 from ..errors import NoesisError
-from ..layers import Layer, Part
+from ..internals import inside
+from ..layers import Layer, Part, mask_arguments, parameters_of
 from .gradients import GradientRecorder
 from .observed import become_observed, restore, site_of
+from .padding import Padding
 from .recorder import Recorder
 from .site import Row, Site
 
@@ -23,6 +25,7 @@ TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "sigmas")
 
 def observe(
     recorder: Recorder,
+    model: nn.Module,
     chosen: list[Layer],
     roots: list[nn.Module],
     parts: list[Part],
@@ -39,12 +42,10 @@ def observe(
     sites: dict[int, tuple[nn.Module, Site]] = {id(root): (root, Site(recorder)) for root in roots}
     for root, site in sites.values():
         site.root = site.starts = site.whole = True
-        names = _parameters(root.forward)
+        names = site.parameters = parameters_of(root.forward)
         found = [name for name in TIMESTEPS if name in names]
         if found:
             site.timestep_name, site.timestep = found[0], names.index(found[0])
-        if channels is not None and channels.settings.mask in names:
-            site.mask = names.index(channels.settings.mask)
     by_name = {router.name: router for router in recorder.routers}
     for index, layer in enumerate(chosen):
         module = layer.module
@@ -61,21 +62,20 @@ def observe(
         site.doubt, site.looks = channels.see_logits(), True
         if logits is not None:
             site.head = channels.see_head(recorder.settings["logits"])
-    standing_in = {id(part.module): part for part in parts}
-    for key, part in standing_in.items():
-        if key in sites:
-            _stand_in(sites[key][1], part)
+    asked = set(sites)
+    for part in parts:
+        _stand_in(sites.setdefault(id(part.module), (part.module, Site(recorder)))[1], part)
+    if channels is not None and channels.settings.mask is not None:
+        _follow_masks(channels.padding, recorder, model, sites, asked)
     done: list[nn.Module] = []
     try:
         for module, site in sites.values():
-            become_observed(module, site)
-            done.append(module)
+            if _became_observed(module, site, asked):
+                done.append(module)
     except Exception:
         for module in done:
             restore(module)
         raise
-    # These were not asked for: one that cannot be observed is left as it is, and does not stand in.
-    done += [part.module for key, part in standing_in.items() if key not in sites and _could(part, Site(recorder))]
     recorder.observed = [weakref.ref(module) for module in done]
 
 
@@ -96,23 +96,42 @@ def _stand_in(site: Site, part: Part) -> None:
     if site.root:
         return
     site.name, site.starts, site.whole, site.generates = part.name, True, part.whole, part.generates
-    channels, names = site.recorder.channels, _parameters(part.module.forward)
-    if channels is not None and channels.settings.mask in names:
-        site.mask = names.index(channels.settings.mask)
+    site.parameters = parameters_of(part.module.forward)
 
 
-def _could(part: Part, site: Site) -> bool:
-    """Whether a part that was not chosen could be turned into an observed one."""
-    _stand_in(site, part)
+def _follow_masks(
+    padding: Padding,
+    recorder: Recorder,
+    model: nn.Module,
+    sites: dict[int, tuple[nn.Module, Site]],
+    asked: set[int],
+) -> None:
+    """Have modules say whose mask is around them: observed ones, and those that they are called from."""
+    for name, module in _callers(model, asked):
+        _, site = sites.setdefault(id(module), (module, Site(recorder)))
+        site.name = site.name or name
+    for module, site in sites.values():
+        site.padding, site.masks = padding, mask_arguments(module.forward, padding.name)
+
+
+def _callers(model: nn.Module, observed: set[int]) -> list[tuple[str, nn.Module]]:
+    """The modules that observed ones are called from, as far as they are parts of them."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict, torch.jit.ScriptModule))
+        and inside(module) is module
+        and any(id(part) in observed for part in module.modules())
+    ]
+
+
+def _became_observed(module: nn.Module, site: Site, asked: set[int]) -> bool:
+    """Whether a module became observed; one that nobody asked for need not."""
     try:
-        become_observed(part.module, site)
-    except NoesisError:
+        become_observed(module, site)
+    except NoesisError as error:
+        if id(module) in asked:
+            raise
+        logger.debug("{}: its calls begin no steps, and masks are not followed there", error)
         return False
     return True
-
-
-def _parameters(function: Callable[..., Any]) -> list[str]:
-    try:
-        return list(inspect.signature(function).parameters)
-    except (ValueError, TypeError):  # a builtin put in the place of forward
-        return []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,9 @@ from ..internals import stays, undisturbed
 from ..kernels import pooling
 from ..kernels.pooling import pooled
 from ..kernels.runtime import by_value, from_value
-from ..surprise import Codebook, Kept
+from ..layers import Batch, MaskArgument
+from ..surprise import MASKED, UNTOUCHED, Codebook, Kept
+from .padding import Padding, Tried
 
 #: Vectors there is room for at first; eager code makes more when a batch needs them.
 ROOM = 64
@@ -44,11 +46,18 @@ class Channel:
         made.__dict__.update(self.__dict__, channels=channels, **nothing)
         return made
 
-    def observe(self, x: Tensor, batch: int, control: Tensor) -> None:
+    def observe(self, x: Tensor, batch: Batch, control: Tensor) -> None:
         """Keep the vectors of an output, in eager code."""
         samples, settings = samples_of(x, batch), self.channels.settings
         channel = self.axis(x)
-        mask = self.channels.mask_of(x, channel)
+        padding = self.channels.padding
+        mask = padding.mask_of(x, channel)
+        if padding.trial is not None:
+            with_mask, without = (pooled(x, samples, channel, self.spread, used) for used in (mask, None))
+            tried = Tried(mask is not None, x.dtype.itemsize < 4, with_mask, without)
+            padding.trial.setdefault(self.name, []).append(tried)
+            return
+        mask = padding.used(self.name, x, samples, mask)
         before = self.stamp  # which is replaced where the vectors have another width, and knows their forward
         buffer, stamp = self.room(samples, pooling.width(x, samples, channel, self.spread), x.device)
         self.order = self.channels.next_order()
@@ -75,16 +84,21 @@ class Channel:
             self.mixed = again if self.mixed is None else self.mixed | again
         self.each = new, counts
 
-    def emit(self, x: Tensor, batch: int, control: Tensor) -> None:
+    def emit(self, x: Tensor, batch: Batch, control: Tensor) -> None:
         """The same in compiled code, which can make no room: eager code has, before, for vectors of one width."""
         if self.channels.settings.positions == "each":
             return  # a copy of all positions at a fixed place would cost what eager code gives back
-        if self.buffer is not None and x.dim() > 0 and x.shape[0] % batch == 0:
-            channel = self.axis(x)
-            if pooling.width(x, batch, channel, self.spread) != self.buffer.shape[1]:
+        samples = batch.samples(x)
+        if self.buffer is not None and samples:
+            channel, padding = self.axis(x), self.channels.padding
+            if pooling.width(x, samples, channel, self.spread) != self.buffer.shape[1]:
                 return
-            mask = self.channels.mask_of(x, channel)
-            torch.ops.noesis.pool(x.detach(), batch, channel, self.spread, mask, self.buffer, self.stamp, control)
+            found, mask = padding.found.get(self.name), padding.mask_of(x, channel)
+            if found == UNTOUCHED:
+                mask = None
+            elif found == MASKED and padding.strays(x, samples, mask):
+                return
+            torch.ops.noesis.pool(x.detach(), samples, channel, self.spread, mask, self.buffer, self.stamp, control)
 
     def axis(self, x: Tensor) -> int:
         """The axis of the channels: the second of images, the last of tokens, unless the widths say otherwise."""
@@ -108,7 +122,7 @@ class Channel:
 
     def drop(self, reason: str) -> None:
         """Leave nothing of this forward, and say why."""
-        self.channels.uncoded[self.name] = reason
+        self.channels.uncoded[self.name] = self.channels.dropped[self.name] = reason
         if self.stamp is not None:
             self.stamp.fill_(-1)
 
@@ -142,20 +156,20 @@ def _itself(x: Tensor) -> Tensor:
     return x
 
 
-def samples_of(x: Tensor, batch: int) -> int:
+def samples_of(x: Tensor, batch: Batch) -> int:
     """How many samples an output has.
 
     Raises:
         NoesisError: when its first dimension is not of the batch.
     """
-    length = x.shape[0] if x.dim() else 0
-    if not batch or not length or length % batch:
+    samples = batch.samples(x)
+    if not samples:
         raise WrongState(
-            f"an output of shape {tuple(x.shape)} in a forward of {batch} samples",
+            f"an output of shape {tuple(x.shape)} in a forward of {batch.size} samples",
             "the samples along the first dimension, for surprise",
             "Leave the layer out",
         )
-    return batch
+    return samples
 
 
 def positions(x: Tensor, samples: int, channel: int, mask: Tensor | None, most: int) -> tuple[Tensor, Tensor | None]:
@@ -183,7 +197,8 @@ class Channels:
         self.doubt: Channel | None = None  # of the logits
         self.head: str | None = None  # the channel of what the module of the logits is given
         self.uncoded: dict[str, str] = {}  # why a layer leaves no vectors
-        self.mask: Tensor | None = None
+        self.dropped: dict[str, str] = {}  # the same of the latest forward alone
+        self.padding = Padding(settings.mask)
         self.eager = True  # whether the root runs in eager code, and so tells one forward from the next
         self._order = 0
 
@@ -206,6 +221,7 @@ class Channels:
         """Channels for the same layers, with nothing kept yet and nothing to learn from; and which stands for which."""
         made = Channels(replace(self.settings, detach=True), self.logits)
         made.head = self.head
+        made.padding.found, made.padding.warned = self.padding.found, self.padding.warned
         made.layers = {name: channel.afresh(made) for name, channel in self.layers.items()}
         own = {channel: made.layers[name] for name, channel in self.layers.items()}
         if self.doubt is not None:
@@ -214,21 +230,24 @@ class Channels:
 
     # ------------------------------------------------------------ hot path
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], position: int | None) -> None:
-        """A forward of the root starts."""
-        mask = kwargs.get(self.settings.mask)
-        if mask is None and position is not None and len(args) > position:
-            mask = args[position]
-        self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None  # others are no mask per token
+    def begin(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], masks: tuple[MaskArgument, ...], begins: bool
+    ) -> None:
+        """A forward of the root starts, or of a part in its place, which begins a step or belongs to the latest."""
+        self.padding.begin(args, kwargs, masks, begins)
+        if not begins:
+            return
         self.eager = not torch.compiler.is_compiling()
         if self.eager:
             self._order = 0
+            self.dropped.clear()
             # Graphs of the forward before are let go here: who calls without a backward pass would gather them.
             for channel in self.layers.values() if not self.settings.detach else ():
                 channel.live = []
 
     def forget(self) -> None:
         """Drop the vectors of the latest forward."""
+        self.padding.given = []
         for channel in self._all():
             channel.each, channel.mixed, channel.live = None, None, []
             if channel.stamp is not None:
@@ -252,14 +271,6 @@ class Channels:
         self._order += 1
         return self._order
 
-    def mask_of(self, x: Tensor, channel: int) -> Tensor | None:
-        """The forward's mask, where the output has its tokens; in decoding, of the newest ones."""
-        mask = self.mask
-        if mask is None or x.dim() != 3 or mask.shape[0] != x.shape[0]:
-            return None
-        tokens = x.shape[2 if channel == 1 else 1]
-        return None if mask.shape[1] < tokens else mask[:, mask.shape[1] - tokens :].to(x.device)
-
     def doubt_of(self, logits: Tensor) -> Tensor:
         """How unsure logits are, and what they predict: [N, 2], or [N, tokens, 2].
 
@@ -277,24 +288,39 @@ class Channels:
 
     def kept(self, forwards: int) -> dict[str, Kept]:
         """The vectors of the layers that ran in this forward, the latest, in the order they ran."""
+        if not self.eager:
+            self.dropped.clear()  # compiled code drops nothing by the host
         ran = {name: kept for name, channel in self.layers.items() if (kept := channel.kept(forwards)) is not None}
-        if not ran:
+        usable = self._unchanged(ran)
+        if not usable:
             raise WrongState(
                 f"No layer left vectors in the latest forward{self._why()}",
                 "a forward to judge",
-                "Run the model, once in eager code before compiling it; paused() and every= leave forwards out, "
+                "Pass inputs of one length, or Codebook(mask=None) for figures that padding is a part of"
+                if ran
+                else "Choose layers that can be judged"
+                if self.dropped
+                else "Run the model, once in eager code before compiling it; paused() and every= leave forwards out, "
                 'compiled code does with positions="each"',
             )
-        return dict(sorted(ran.items(), key=lambda item: self.layers[item[0]].order))
+        return {name: ran[name] for name in sorted(usable, key=lambda name: self.layers[name].order)}
 
     def kept_logits(self, forwards: int) -> Tensor | None:
         """What the logits of this forward said [N, 2], see `doubt_of`; None where they were not seen."""
         kept = None if self.doubt is None else self.doubt.kept(forwards)
-        return None if kept is None else kept.vectors
+        return None if kept is None or not self._unchanged(["logits"]) else kept.vectors
 
     def left(self, forwards: int) -> bool:
         """Whether any layer left vectors in this forward."""
-        return any(channel.kept(forwards) is not None for channel in self.layers.values())
+        left = [name for name, channel in self.layers.items() if channel.kept(forwards) is not None]
+        return bool(self._unchanged(left))
+
+    def _unchanged(self, ran: Iterable[str]) -> list[str]:
+        """Those of the layers that padding did not change, where there was any."""
+        changed = self.padding.changes(ran)
+        for name in changed:
+            self.uncoded[name] = self.dropped[name] = "padding changes its figures"
+        return [name for name in ran if name not in changed]
 
     def take_live(self) -> dict[str, list[Tensor]]:
         """With `detach=False`, what gradients flow through, of each layer's calls; once."""

@@ -19,6 +19,7 @@ class Evidence:
     calls: int = 0  # of the container
     unreached: bool = False  # whether the model was compiled in a way that noesis cannot get in between
     said: bool = False
+    told: set[str] = field(default_factory=set)  # layers that were named because they have no rows per sample
 
     def afresh(self) -> Evidence:
         """That of the next run."""
@@ -66,6 +67,19 @@ class Evidence:
             "one of its parts did: all calls are one step, which stays open until there is one. Wrap the module that "
             "is called"
         )
+
+    def say_without_samples(self, layers: list[str]) -> None:
+        """Name layers without rows per sample, each once in a run."""
+        fresh = [name for name in layers if name not in self.told]
+        if fresh:
+            self.told.update(fresh)
+            warnings.warn(
+                f"There are no rows per sample of {', '.join(fresh)}: the samples of the batch are not what their "
+                "outputs have along the first dimension, or nothing says how many there are, as in calls between "
+                "forwards. The rows of the whole are right",
+                NoesisWarning,
+                stacklevel=4,
+            )
 
     def _warn(self, message: str) -> None:
         if not self.said:

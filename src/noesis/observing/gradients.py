@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import WrongState
 from ..internals import node_count, node_number
 from ..kernels.layout import ACTIVE, ENABLED, FOLD, SLOT
+from ..layers import Batch
 from .recorder import Recorder
 
 NOWHERE = -1
@@ -30,7 +31,7 @@ class Mark:
 
     run: int
     step: int  # of the observed ones, from 1; 0 for calls before the first
-    batch: int | None
+    batch: Batch | None
 
 
 class GradientRecorder(Recorder):
@@ -51,7 +52,7 @@ class GradientRecorder(Recorder):
         for bank in self.banks:
             bank.control[FOLD] = 1  # what is still in the ring may change, so it must not be in the totals yet
 
-    def begin(self, timestep: Tensor | float | None, batch: int) -> bool:
+    def begin(self, timestep: Tensor | float | None, batch: Batch) -> bool:
         """A step begins: gradients go to it, until another one does."""
         super().begin(timestep, batch)
         if self.skipping:

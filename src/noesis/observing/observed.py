@@ -89,12 +89,14 @@ class Observed(Generated):
             if site is not None and site.gradients is not None and not compiling:
                 site.recompute(output)
             return output
-        begun = inside = False
+        padding, around, begun, inside = site.follows(), None, False, False
         try:
             # Parts of the model begin steps only where nobody has; a root inside of a root has a step of its own.
             if site.starts and (site.root or not site.recorder.inside):
                 inside = site.recorder.inside
                 begun = site.begin(args, kwargs)
+            if padding is not None:
+                around = padding.enter(args, kwargs, site.masks, begun)
             if site.head is not None:
                 site.read(site.head, args, kwargs)
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -105,6 +107,8 @@ class Observed(Generated):
                 elif not site.recorder.skipping or site.recorder.capturing() or site.recorder.off_record():
                     site.observe(output)
         finally:
+            if padding is not None:
+                padding.mask = around
             if begun:  # also where the model raised: whoever catches that may call layers by themselves
                 site.end(inside)
         return output

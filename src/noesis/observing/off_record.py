@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.layout import CONTROL, FORWARDS
-from ..layers import batch_of
+from ..layers import Batch, MaskArgument
 from .channels import Channel, Channels
 
 
@@ -21,15 +21,17 @@ class OffRecord:
 
     def __init__(self, channels: Channels) -> None:
         self.forwards = 0
-        self.batch: int | None = None  # of the forward that is running
+        self.batch: Batch | None = None  # of the forward that is running
         self.channels, self._own = channels.afresh()
         self._controls: dict[torch.device, Tensor] = {}
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: int | None) -> None:
+    def begin(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], masks: tuple[MaskArgument, ...], batch: Batch
+    ) -> None:
         """A forward of the root starts."""
         self.forwards += 1
-        self.batch = batch_of(args, kwargs)
-        self.channels.begin(args, kwargs, mask)
+        self.batch = batch
+        self.channels.begin(args, kwargs, masks, True)
 
     def end(self) -> None:
         """It is over."""

@@ -25,6 +25,12 @@ class Reading:
     forwards: int  # that have begun
     timesteps: Floats  # [steps, samples], NaN where a sample has none of its own
 
+    def without_samples(self, names: list[str]) -> list[str]:
+        """Those of the layers that have rows of the whole, and of no sample."""
+        called = self.totals[..., layout.CALLS] > 0
+        without = called[0] & ~called[1:].any(0)
+        return [name for name, lacking in zip(names, without, strict=True) if lacking]
+
 
 def read_banks(banks: list[Bank], clock: Clock, since: int | None = None) -> Reading:
     """Everything known, merged over the banks, or of forward `since` and later ones; waits for the device."""

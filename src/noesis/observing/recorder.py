@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NoesisError
-from ..internals import LISTENERS, set_size, size_of, stays, times_traced, undisturbed, untraced
+from ..internals import LISTENERS, set_sizes, sizes_of, stays, times_traced, undisturbed, untraced
 from ..kernels.layout import EVERY, FOLD
 from ..kernels.stepping import Clock
-from ..layers import Router
+from ..layers import Batch, Router
 from ..results import Trace
 from ..surprise import Scorer
 from .answers import Answers
@@ -69,7 +69,7 @@ class Recorder(Answers):
         self.stand_ins = StandIns()
         self.switch = Switch()
         self.on_device = False  # whether forwards may run that the host does not see: compiled, or in a CUDA graph
-        self.batch: int | None = None  # of the forward that is running; None between forwards
+        self.batch: Batch | None = None  # of the forward that is running; None between forwards
         self.times_traced = 0  # when the forward began
         self.branches: list[str] = []
         self.branch: str | None = None
@@ -112,7 +112,7 @@ class Recorder(Answers):
 
     # ------------------------------------------------------------ hot path
 
-    def begin(self, timestep: Tensor | float | None, batch: int) -> bool:
+    def begin(self, timestep: Tensor | float | None, batch: Batch) -> bool:
         """A forward of the root starts, or of a part that is all of it; whether this is a step of its own."""
         self.size(batch)
         self.inside = True
@@ -127,7 +127,7 @@ class Recorder(Answers):
             self.times_traced = times_traced()
         name = self.branch
         if name is None and not compiling and self.branch_of is not None:
-            name = self.branch_of(batch)
+            name = self.branch_of(batch.size)
             if name is not None and name not in self.branches:
                 self.branches.append(name)
         branch = -1 if name is None else self.branches.index(name)
@@ -136,14 +136,14 @@ class Recorder(Answers):
         for bank in self.banks:  # of which those elsewhere know no timestep, which is no copy and no wait
             here = not isinstance(timestep, Tensor) or timestep.device == bank.device
             if joins:
-                bank.describe(timestep if here else None, branch, batch)
+                bank.describe(timestep if here else None, branch, batch.size)
             else:
-                bank.begin(timestep if here else None, branch, batch)
+                bank.begin(timestep if here else None, branch, batch.size)
         if not (compiling or joins):
             self._begun(batch, now, capturing)
         return not joins
 
-    def begin_part(self, part: str, generates: bool, batch: int) -> bool | None:
+    def begin_part(self, part: str, generates: bool, batch: Batch) -> bool | None:
         """A forward of a part starts by itself: whether it begins a step; None if it belongs to the model's next."""
         begins = self.stand_ins.begins(part, generates)
         if begins is None:
@@ -156,7 +156,7 @@ class Recorder(Answers):
         self.times_traced = times_traced()
         if begins:
             for bank in self.banks:
-                bank.begin(None, -1, batch)
+                bank.begin(None, -1, batch.size)
             self._begun(batch, now, capturing)
         return begins
 
@@ -174,23 +174,23 @@ class Recorder(Answers):
         if self.gradients is not None:
             self.gradients.skipping = left_out
 
-    def _begun(self, batch: int, now: float, capturing: bool) -> None:
+    def _begun(self, batch: Batch, now: float, capturing: bool) -> None:
         self.forwards += 1  # now that the devices have counted it
         self.clock.tick(now, capturing)
         if self.gradients is not None:
             self.gradients.begin(None, batch)
 
-    def size(self, batch: int | None) -> None:
-        """Say how many samples the forward has that is running; None when there is none."""
+    def size(self, batch: Batch | None) -> None:
+        """Say what batch the forward has that is running; None when there is none."""
         if self.per_sample or self.routers or self.channels is not None:
             self.batch = batch
             if not torch.compiler.is_compiling():
-                set_size(self.key, batch, self.banks[0].device)
+                set_sizes(self.key, None if batch is None else batch.shapes(), self.banks[0].device)
 
-    def _batch(self) -> int | None:
-        """The samples of the forward that is running, which eager code may have begun and compiled code be part of."""
-        begun = size_of(self.key) if torch.compiler.is_compiling() else None
-        return self.batch if begun is None else begun
+    def _batch(self) -> Batch | None:
+        """The batch of the forward that is running, which eager code may have begun and compiled code be part of."""
+        begun = sizes_of(self.key) if torch.compiler.is_compiling() else None
+        return self.batch if begun is None else Batch.of_shapes(*begun)
 
     def leave(self, *, root: bool, inside: bool) -> None:
         """A forward is over, which may have been inside of another; only one of the root ends its step."""
@@ -253,7 +253,7 @@ class Recorder(Answers):
         """Count where a router sent its tokens."""
         bank = self.bank(logits.device)
         if bank.routes is not None:
-            bank.routes.observe(logits, indices, self._batch() or 0, router, bank.control)
+            bank.routes.observe(logits, indices, (self._batch() or Batch(0)).size, router, bank.control)
 
     def bank(self, device: torch.device) -> Bank:
         """The bank of a device, made when the first layer runs there."""
@@ -289,13 +289,13 @@ class Recorder(Answers):
 
     def _samples(self, x: Tensor, bank: Bank) -> int:
         """How many samples `x` can be told apart into; 0 when its first dimension is not of the batch."""
-        length = x.shape[0] if x.dim() else 0
-        batch = self._batch() or length
-        if not length or length % batch:  # a multiple is a batch repeated, as windows and beams are
-            return 0
-        if batch > bank.samples and not torch.compiler.is_compiling() and self._may_grow(bank):
-            bank.grow(batch)  # otherwise the kernel says that there is no room
-        return batch
+        batch = self._batch()
+        if batch is None:  # between forwards nothing says how many there are, so it may not make room
+            return x.shape[0] if x.dim() and x.shape[0] <= bank.samples else 0
+        samples = batch.samples(x)
+        if samples > bank.samples and not torch.compiler.is_compiling() and self._may_grow(bank):
+            bank.grow(samples)  # otherwise the kernel says that there is no room
+        return samples
 
     def _may_grow(self, bank: Bank) -> bool:
         """Whether the slab may move: not under a CUDA graph, which writes to where it was."""

@@ -22,6 +22,7 @@ from ..internals import (
 )
 from ..layers import (
     Layer,
+    MaskArgument,
     Router,
     batch_of,
     emittable,
@@ -35,6 +36,7 @@ from ..layers import (
 )
 from .channels import Channel
 from .gradients import NOWHERE, GradientRecorder, Mark
+from .padding import Padding
 from .recorder import Recorder
 from .switch import NEVER
 
@@ -108,7 +110,6 @@ class Site:
         self.generates = False
         self.timestep: int | None = None  # position of the timestep among the root's arguments
         self.timestep_name = ""
-        self.mask: int | None = None  # position of the mask among the root's arguments
         self.name = ""  # of the module; only a root may have none
         self.rows: list[Row] = []
         self.gradients: GradientRecorder | None = None
@@ -116,6 +117,9 @@ class Site:
         self.looks = False  # whether the output is of interest
         self.doubt: Channel | None = None  # that keeps what the logits say
         self.head: Channel | None = None  # that keeps what the module of the logits is given
+        self.parameters: tuple[str, ...] = ()  # of the root's forward
+        self.padding: Padding | None = None  # that follows which mask is around the module
+        self.masks: tuple[MaskArgument, ...] = ()  # that its forward takes
 
     @inlined
     def skips(self) -> bool:
@@ -145,22 +149,27 @@ class Site:
         with undisturbed():
             return self._begin(args, kwargs)
 
+    @inlined
+    def follows(self) -> Padding | None:
+        """What follows which mask is around the module: off the record, the thread's own."""
+        off_record = None if self.padding is None or is_compiling() else self.recorder.off_record()
+        return self.padding if off_record is None else off_record.channels.padding
+
     @untraced
     def passes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward of the root is none of ours, but compiled code inside is the same, and asks for the batch."""
         if self.recorder.paused and not traced_by_jit():
             with undisturbed():
-                self.recorder.size(batch_of(args, kwargs))
+                self.recorder.size(batch_of(args, kwargs, self.parameters))
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Find timestep and batch, and begin."""
-        recorder = self.recorder
+        recorder, batch = self.recorder, batch_of(args, kwargs, self.parameters)
         off_record = None if is_compiling() else recorder.off_record()
         if off_record is not None:
             if self.root:
-                off_record.begin(args, kwargs, self.mask)
+                off_record.begin(args, kwargs, self.masks, batch)
             return self.root
-        batch = batch_of(args, kwargs)
         begins: bool | None
         if self.whole:
             timestep = None
@@ -173,8 +182,8 @@ class Site:
             begins = recorder.begin(timestep, batch)
         else:
             begins = recorder.begin_part(self.name, self.generates, batch)
-        if begins and recorder.channels is not None:
-            recorder.channels.begin(args, kwargs, self.mask)
+        if begins is not None and recorder.channels is not None:
+            recorder.channels.begin(args, kwargs, self.masks, begins)
         return begins is not None  # a part that belongs to the model's next step has nothing to end
 
     @inlined

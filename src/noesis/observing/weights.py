@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..internals import undisturbed
-from ..layers import measurable
+from ..layers import Batch, measurable
 from ..results import ParameterNorms
 from .recorder import Recorder
 
@@ -39,7 +39,7 @@ class Weights:
         # Outside inference mode, whoever calls: inference tensors could not be written to later.
         with undisturbed(), torch.inference_mode(False), torch.no_grad():
             for recorder in self.recorders:
-                recorder.begin(None, 1)
+                recorder.begin(None, Batch(1))
             for index, name in enumerate(self.names):
                 parameter = parameters.get(name)
                 if parameter is None:

@@ -106,6 +106,7 @@ class Surprise(Saved, Tabular):
     doubt_p_value: Floats | None = None
     absent: list[str] = field(default_factory=list)
     calibrated: Floats | None = None  # p-values
+    reasons: dict[str, str] = field(default_factory=dict)  # why layers are absent, where that is known
 
     def __len__(self) -> int:
         return len(self.score)
@@ -122,8 +123,10 @@ class Surprise(Saved, Tabular):
                 "There are scores, and no p-values yet", "a calibrated model", "Call wrapped.calibrate(loader) first"
             )
         if self.absent:
+            why = "; ".join(f"{name}: {reason}" for name, reason in self.reasons.items())
+            what = f"cannot be judged ({why})" if why else "did not run"
             raise WrongState(
-                f"{', '.join(self.absent[:5])} did not run in this forward, and did in those of the calibration",
+                f"{', '.join(self.absent[:5])} {what} in this forward, and did in those of the calibration",
                 "a forward like those of the calibration",
                 "Calibrate with forwards of this kind, or read score, which takes the layers that ran",
             )
@@ -191,7 +194,7 @@ class Surprise(Saved, Tabular):
     # ------------------------------------------------------------ files
 
     def _header(self) -> dict[str, Any]:
-        return {"layers": list(self.layers), "absent": self.absent}
+        return {"layers": list(self.layers), "absent": self.absent, "reasons": self.reasons}
 
     def _arrays(self) -> files.Arrays:
         found = {name: getattr(self, name) for name in OWN}
@@ -216,7 +219,7 @@ class Surprise(Saved, Tabular):
             raise ValueError(f"scores of shape {samples}, or a layer twice")
         whole = {name: _checked(name, arrays[name], samples) for name in OWN if name in arrays}
         layers = {name: _layer(arrays, index, samples) for index, name in enumerate(names)}
-        return cls(layers=layers, absent=absent, **whole)
+        return cls(layers=layers, absent=absent, reasons=_reasons(header.get("reasons", {})), **whole)
 
     # ------------------------------------------------------------ showing
 
@@ -264,6 +267,13 @@ class Judgement(NamedTuple):
 
     output: Any
     surprise: Surprise
+
+
+def _reasons(given: Any) -> dict[str, str]:
+    """Why layers are absent, from a header: older files have none."""
+    if not isinstance(given, dict) or not all(isinstance(reason, str) for reason in given.values()):
+        raise ValueError("reasons that are no texts by the names of layers")
+    return dict(given)
 
 
 def _layer(arrays: files.Arrays, index: int, samples: tuple[int, ...]) -> LayerSurprise:

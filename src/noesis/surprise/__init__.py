@@ -1,7 +1,7 @@
 """What is normal: codebooks, calibration, scores, drift."""
 
 from ..results import Judgement, LayerSurprise, Reason
-from .calibration import Calibration
+from .calibration import DEPENDS, MASKED, UNTOUCHED, Calibration
 from .calibration_file import (
     load_calibration,
     pack_codes,
@@ -19,6 +19,9 @@ from .scorer import Scorer
 from .vectors import Collected, Kept
 
 __all__ = [
+    "DEPENDS",
+    "MASKED",
+    "UNTOUCHED",
     "Ambiguity",
     "Calibration",
     "Codebook",

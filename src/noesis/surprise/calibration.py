@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import BadValue
 from ..numerics import Floats, Ints, as_floats, no_nan
-from ..text import counted
+from ..text import counted, first_few
 
 #: Shares of the calibration set that fit the codes and rank the layers; the rest ranks their sum.
 FIT, RANK = 2 / 3, 1 / 6
@@ -31,6 +31,9 @@ LEAST_SCALE = 1e-3
 OVERCONFIDENT = 0.01
 #: The classes that have not, together. Ranked among all samples, they would be given what the others have spent.
 OTHERS = -1
+#: What padding does to a layer's figures: nothing under the mask of its sequence; nothing, though no mask is of its
+#: positions; or it changes them.
+MASKED, UNTOUCHED, DEPENDS = "masked", "untouched", "depends"
 #: A class needs as many samples of its own for p-values of its own.
 LEAST_OF_CLASS = 20
 
@@ -134,6 +137,9 @@ class Calibration:
         scores: float64, sorted: the combined scores behind the p-values.
         classes: with `by_class=True`, the sorted scores of each predicted class that has enough; the others together
             are class -1.
+        padding: what padding does to each layer, and to `"logits"`, as far as that could be tried: `"masked"`, nothing
+            where the mask is used; `"untouched"`, nothing, and no mask is used; `"depends"`, it changes their figures,
+            so that they are left out of batches with padding. Layers that are not here were not tried.
     """
 
     layers: list[str]
@@ -143,6 +149,7 @@ class Calibration:
     scores: Floats = field(default_factory=lambda: np.zeros(0))
     classes: dict[int, Floats] | None = None
     counted: list[str] = field(default_factory=list)
+    padding: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.counted = self.counted or list(self.layers)
@@ -194,9 +201,12 @@ class Calibration:
         if self.classes is not None:
             number = len(self.classes) - 1
             classes = f", {number} {'class' if number == 1 else 'classes'} with p-values of their own"
+        depend = [name for name, found in self.padding.items() if found == DEPENDS]
+        padding = f"; padding changes {first_few(depend)}" if depend else ""
+        layers = counted(len(self.layers), "layer")
         return (
             f"Calibration({sum(self.samples)} samples: {fit} fitted the codes, {rank} rank the layers, {last} give the "
-            f"p-values, which start at {1 / (last + 1):.2g}; {counted(len(self.layers), 'layer')}{logits}{classes})"
+            f"p-values, which start at {1 / (last + 1):.2g}; {layers}{logits}{classes}{padding})"
         )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from .. import files
 from ..errors import BadFile, BadValue, WrongState
-from .calibration import OTHERS, Calibration, Doubt, ReferenceScores
+from .calibration import DEPENDS, MASKED, OTHERS, UNTOUCHED, Calibration, Doubt, ReferenceScores
 from .codebook import Codebook
 from .layer_codebook import LayerCodebook
 from .scorer import Scorer
@@ -46,6 +46,7 @@ def written_calibration(scorer: Scorer) -> tuple[files.Arrays, dict[str, Any]]:
     header: dict[str, Any] = {
         "layers": calibration.layers,
         "counted": calibration.counted,
+        "padding": calibration.padding,
         "samples": list(calibration.samples),
         "logits": calibration.doubt is not None,
         "classes": None if calibration.classes is None else sorted(calibration.classes),
@@ -127,6 +128,7 @@ def read_calibration(
         scores,
         None if classes is None else {int(label): _sorted(arrays[f"class.{label}"]) for label in classes},
         counted,
+        _padding(header),
     )
     if classes is not None and OTHERS not in classes:
         raise ValueError("classes without the others")
@@ -145,6 +147,13 @@ def _names(given: Any) -> list[str]:
     if len(set(given)) < len(given):
         raise ValueError("a name twice")
     return list(given)
+
+
+def _padding(header: dict[str, Any]) -> dict[str, str]:
+    given = header.get("padding", {})  # older files have none
+    if not isinstance(given, dict) or not all(found in (MASKED, UNTOUCHED, DEPENDS) for found in given.values()):
+        raise ValueError(f"padding {given!r}"[:200])
+    return {str(name): str(found) for name, found in given.items()}
 
 
 def _parts(index: int, name: str, arrays: files.Arrays) -> files.Arrays:

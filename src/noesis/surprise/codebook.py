@@ -25,7 +25,11 @@ class Codebook:
         detach: whether `coding_loss()` leaves the model alone; False lets it shape the model.
         decay: share that running estimates keep at each loss: of the covariance, the codes' weights and, with
             `"ema"`, the codes.
-        mask: the argument of the model's forward that says which tokens count; those where it is 0 do not.
+        mask: an argument that says which positions count (those where it is 0 do not; where its name ends in
+            `key_padding_mask`, as in `torch.nn`, those where it is true or -inf). It is looked for in the calls of the
+            model and of the modules inside it, as are `attention_mask`, `decoder_attention_mask`,
+            `src_key_padding_mask` and `tgt_key_padding_mask` whatever is given, since each is of one sequence.
+            None uses no mask: all positions count.
         seed: of the generator that fits the codes; no other random numbers are consumed.
 
     Example:
@@ -45,7 +49,7 @@ class Codebook:
     learn: Literal[False, "gradient", "ema"] = False
     detach: bool = True
     decay: float = 0.99
-    mask: str = "attention_mask"
+    mask: str | None = "attention_mask"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -59,6 +63,8 @@ class Codebook:
             value = getattr(self, name)
             if value not in known:
                 raise BadValue(f"Codebook({name}={value!r})", f"one of {known}", "Leave it out for the first")
+        if self.mask is not None and not isinstance(self.mask, str):
+            raise BadType(f"Codebook(mask={self.mask!r})", "the name of an argument", "Leave it out, or pass None")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise BadValue(f"Codebook(seed={self.seed!r})", "an integer from 0", "Leave it out for 0")
         if not isinstance(self.decay, (int, float)) or not 0 <= self.decay < 1:

@@ -70,6 +70,7 @@ class Collection:
         self.logits: Store | None = None
         self.judged = 0  # samples with logits
         self.labels: Store | None = None
+        self.padding: dict[str, str] = {}  # what it does to each layer
 
     @property
     def seen(self) -> int:
@@ -147,6 +148,7 @@ class Collection:
             None if self.logits is None else self.logits.rows(),
             None if self.labels is None else self.labels.rows(),
             by_class,
+            self.padding,
         )
 
     def _collected(self, name: str) -> Collected:

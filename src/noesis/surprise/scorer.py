@@ -39,6 +39,7 @@ class Scorer:
         device: where codes begin.
         logits: whether there will be logits too.
         head: which of the layers is what the module of the logits is given.
+        padding: where what a calibration found that padding does to each layer is put, for those who use masks.
     """
 
     def __init__(
@@ -49,11 +50,13 @@ class Scorer:
         *,
         logits: bool = False,
         head: str | None = None,
+        padding: dict[str, str] | None = None,
     ) -> None:
         self.settings = settings
         self.device = device
         self.logits = logits
         self.head = head
+        self.padding = {} if padding is None else padding
         self.books = {name: LayerCodebook(settings, device) for name in layers}
         self.calibration: Calibration | None = None
         self.handed_out = False  # whether an optimiser may hold the codes
@@ -68,13 +71,15 @@ class Scorer:
 
     # ------------------------------------------------------------ scores
 
-    def surprise(self, kept: dict[str, Kept], logits: Tensor | None) -> Surprise:
-        """The scores of what a forward left, in the order the layers ran."""
+    def surprise(
+        self, kept: dict[str, Kept], logits: Tensor | None, reasons: Mapping[str, str] | None = None
+    ) -> Surprise:
+        """The scores of what a forward left, in the order the layers ran; reasons say why others left nothing."""
         with self.lock:
             if self.calibration is not None:
                 kept = {name: found for name, found in kept.items() if name in self.calibration.layers}
             self.ensure_codes(kept)
-            return self.judge(kept, logits)
+            return self.judge(kept, logits, reasons)
 
     def check_calibrated(self) -> None:
         """Refuse to judge by nothing."""
@@ -118,7 +123,7 @@ class Scorer:
         logger.info("{} is coded by the vectors of this forward, until wrapped.calibrate(loader)", name)
         book.fit(vectors, generator)
 
-    def judge(self, kept: dict[str, Kept], logits: Tensor | None) -> Surprise:
+    def judge(self, kept: dict[str, Kept], logits: Tensor | None, reasons: Mapping[str, str] | None = None) -> Surprise:
         """The scores of vectors."""
         layers = {name: code_layer(self.books[name], found) for name, found in kept.items()}
         calibration = self.calibration
@@ -148,12 +153,18 @@ class Scorer:
         absent = [name for name in calibration.counted if name not in layers]
         if calibration.doubt is not None and doubt is None:
             absent.append("logits")
-        return Surprise(score, layers, doubt, surprisal, p, absent, calibration.p_value(score, predicted))
+        why = {name: reasons[name] for name in absent if reasons and name in reasons}
+        return Surprise(score, layers, doubt, surprisal, p, absent, calibration.p_value(score, predicted), why)
 
     # ------------------------------------------------------------ calibration
 
     def calibrate(
-        self, vectors: dict[str, Collected], logits: Floats | None, labels: NDArray[np.int64] | None, by_class: bool
+        self,
+        vectors: dict[str, Collected],
+        logits: Floats | None,
+        labels: NDArray[np.int64] | None,
+        by_class: bool,
+        padding: Mapping[str, str] | None = None,
     ) -> Calibration:
         """Fit codes to vectors and rank them; changes nothing unless it succeeds.
 
@@ -162,6 +173,7 @@ class Scorer:
             logits: [N, 2], see `doubt_of`.
             labels: [N], for a code per class.
             by_class: whether each predicted class has p-values of its own.
+            padding: what it does to each layer.
         """
         generator = np.random.default_rng(self.settings.seed)
         fit, rank, last = split(len(next(iter(vectors.values())).values), generator)
@@ -175,7 +187,12 @@ class Scorer:
         if logits is not None:
             doubt = Doubt.of(logits[np.concatenate([fit, rank]), 0])  # nothing is fitted for it
         made = Calibration(
-            list(vectors), references, doubt, (len(fit), len(rank), len(last)), counted=self._counted(vectors)
+            list(vectors),
+            references,
+            doubt,
+            (len(fit), len(rank), len(last)),
+            counted=self._counted(vectors),
+            padding=dict(padding or {}),
         )
         nats = {name: code_values(books[name], values[last]).code_length for name, values in vectors.items()}
         scores = made.score(made.surprisals(nats), None if logits is None else logits[last, 0])
@@ -203,6 +220,9 @@ class Scorer:
                     self.books[name].restore(book.arrays())
                     self.books[name].to(device)
                 self.calibration = calibration
+                if calibration is not None:
+                    self.padding.clear()
+                    self.padding.update(calibration.padding)
             except BaseException:
                 for name in books:
                     if name in before:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import BadType, BadValue
 from ..observing import Channels, Recorder
 from ..surprise import Collection, Scorer
+from .padding_check import PaddingCheck
 
 # ---------------------------------------------------------------- the loop
 
@@ -40,8 +41,14 @@ def collect(
             f"calibrate({type(loader).__name__})", "an iterable of batches", "Pass [batch] for a single batch"
         )
     device = next((tensor.device for tensor in root.parameters()), torch.device("cpu"))
-    with evaluating(root), torch.no_grad(), eager(), recorder.off_the_record() as seen:
-        collection = Collection(scorer, seen.channels.uncoded)
+    with (
+        evaluating(root),
+        torch.no_grad(),
+        eager(),
+        recorder.off_the_record() as seen,
+        seen.channels.padding.calibrating() as padding,
+    ):
+        collection, check = Collection(scorer, seen.channels.uncoded), PaddingCheck(root, seen.channels)
         for batch in bar(loader, progress):
             before, moved = seen.forwards, moved_to(batch, device)
             if forward is not None:
@@ -55,9 +62,14 @@ def collect(
                     "one forward of the whole batch for each batch of the loader",
                     "Leave batches out in the loader, and have forward= call the model once",
                 )
+            args, kwargs = padding.call
+            if check.look(args, kwargs):  # layers leave others now
+                root(*args, **kwargs)
+                forwards = seen.forwards
             known = labels_of(batch) if labels else None
             collection.add(seen.channels.kept(forwards), seen.channels.kept_logits(forwards), known)
         channels.make_room(seen.channels)
+        collection.padding = padding.found
     return collection
 
 

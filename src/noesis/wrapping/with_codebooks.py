@@ -148,7 +148,8 @@ at 0.0099; 2 layers and the logits)
             self._warn_of_train_mode(scorer)
         with undisturbed():
             channels, forwards = self._channels(), self._forwards()
-            found: Surprise = scorer.surprise(channels.kept(forwards), channels.kept_logits(forwards))
+            kept, logits = channels.kept(forwards), channels.kept_logits(forwards)
+            found: Surprise = scorer.surprise(kept, logits, channels.dropped)
         return found
 
     @untraced
@@ -195,7 +196,7 @@ at 0.0099; 2 layers and the logits)
                 kept, logits = seen.channels.kept(seen.forwards), seen.channels.kept_logits(seen.forwards)
                 with scorer.lock:
                     scorer.check_calibrated()  # another thread may have gone on learning
-                    surprise = scorer.surprise(kept, logits)
+                    surprise = scorer.surprise(kept, logits, seen.channels.dropped)
         if isinstance(recorder.gradients, GradientRecorder) and torch.is_grad_enabled():
             recorder.gradients.pass_by()
         return Judgement(output, surprise)

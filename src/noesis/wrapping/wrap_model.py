@@ -122,10 +122,12 @@ def wrap(
     parts = (
         parts_of(root, [layer.module for layer in chosen]) if pipeline is None else []
     )  # a pipeline calls its denoisers
-    observe(recorder, chosen, roots, parts, output, logits_module(root, logits))
+    observe(recorder, root, chosen, roots, parts, output, logits_module(root, logits))
     if codebook is not None and (channels := recorder.channels) is not None:
         seen = channels.doubt is not None
-        recorder.scorer = Scorer(codebook, channels.layers, device, logits=seen, head=channels.head)
+        recorder.scorer = Scorer(
+            codebook, channels.layers, device, logits=seen, head=channels.head, padding=channels.padding.found
+        )
     recorder.evidence.unreached = not rebind(called)
     recorder.base_meta = _describe(root, layers)
     recorder.reset({})
