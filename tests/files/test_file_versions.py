@@ -150,7 +150,9 @@ def write_all() -> None:
 @pytest.mark.parametrize("suffix", ["safetensors", "json"])
 def test_traces_and_soulprints(suffix: str) -> None:
     equal(a_trace(), noesis.Trace.load(FILES / f"trace.{suffix}"))
-    equal(a_trace().soulprint(), noesis.Soulprint.load(FILES / f"soulprint.{suffix}"))
+    older = a_trace().soulprint()
+    older.order = None  # not known when these were written
+    equal(older, noesis.Soulprint.load(FILES / f"soulprint.{suffix}"))
 
 
 def test_comparisons() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LogNorm, to_hex
+from matplotlib.colors import LogNorm, Normalize, SymLogNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -22,7 +22,7 @@ import noesis
 from helpers.processes import in_threads, python
 from noesis import plots
 from noesis.errors import BadValue, MissingExtra
-from noesis.plots import style
+from noesis.plots import names, scales, style
 
 #: What formulas, formats, legends and fonts are made to trip over.
 AWKWARD = ["$x_1$", "_head", "100%s {} \\frac{1}{0}", "a\nb\tc", "ä.漢字.☃", "$", ""]
@@ -54,6 +54,10 @@ def pixels(figure: Figure) -> np.ndarray:
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # matplotlib's own, when a user draws
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())
+
+
+def notes(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].texts]
 
 
 def row_labels(figure: Figure) -> list[str]:
@@ -136,16 +140,16 @@ def test_awkward_titles_columns_and_runs() -> None:
     assert "$x_1$" in [label.get_text() for label in figure.axes[0].get_xticklabels()]
     figure = plots.bars([soulprint(["x"], run="_first $"), soulprint(["x"], run="$\\second{$")])
     pixels(figure)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a: _first $", "b: $\\second{$"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["run _first $", "run $\\second{$"]
 
 
 def test_a_long_name_keeps_its_numbers_and_its_end() -> None:
-    assert style.shortened("blocks.3.mlp") == "blocks.3.mlp"
-    names = many(400)
-    assert len({style.shortened(name) for name in names}) == 400
-    assert max(len(style.shortened(name)) for name in names) <= style.LONGEST_LABEL
-    assert style.shortened("x" * 50, 21) == "x" * 10 + "…" + "x" * 10
-    assert style.shortened(".".join("abcd" * 20), 21) == "a.b.c.d.a.….c.d.a.b.c.d"[:10] + "…" + ".b.c.d.a.b.c.d"[-10:]
+    assert plots.shortened("blocks.3.mlp") == "blocks.3.mlp"
+    paths = many(400)
+    assert len({plots.shortened(path) for path in paths}) == 400
+    assert max(len(plots.shortened(path)) for path in paths) <= names.LONGEST_LABEL
+    assert plots.shortened("x" * 50, 21) == "x" * 10 + "…" + "x" * 10
+    assert plots.shortened(".".join("abcd" * 20), 21) == "a.b.c.d.a.….c.d.a.b.c.d"[:10] + "…" + ".b.c.d.a.b.c.d"[-10:]
 
 
 # ---------------------------------------------------------------- legible at any size
@@ -177,10 +181,65 @@ def test_column_labels_do_not_overlap(columns: list[Any]) -> None:
     assert min(box.y0 for box in boxes) >= 0, "a label is cut off"
 
 
+def test_paths_that_are_alike_are_cut_where_they_are() -> None:
+    paths = [f"model.text.encoder.layers.{i}.attention.self_attention.fused.{name}" for i in (0, 11) for name in "qk"]
+    short = [f"model.text.encoder.layers.{i}…fused.{name}" for i in (0, 11) for name in "qk"]
+    assert names.shortened_names(paths) == short
+    assert names.shortened_names([*paths, "model.short"]) == [*short, "model.short"]
+    other = "model.text.encoder.layers.0.attention.cross_attention.fused.q"
+    found = [f"model.text…0…{kind}_attention.fused.q" for kind in ("self", "cross")]
+    assert names.shortened_names([paths[0], other]) == found
+    assert names.shortened_names(["a.b", "a.b.c"]) == ["a.b", "a.b.c"]
+
+
+def test_names_that_differ_stay_different() -> None:
+    long = "x" * 60
+    paths = [*many(400), *(f"{long}.{i}.{long}" for i in range(3)), f"{'y' * 25}a{'y' * 25}", f"{'y' * 25}b{'y' * 25}"]
+    assert len(set(names.shortened_names(paths))) == len(paths)
+
+
+def test_runs_are_named_by_what_differs() -> None:
+    same = {"prompt": "a coat", "seed": 3, "model": "/somewhere/small"}
+    ids = [{"run": "0123456789ab", "pipeline_calls": 1}, {"run": "ba9876543210", "pipeline_calls": 2}]
+    one, other = ({**same, **each} for each in ids)
+    assert names.run_names([one, other]) == ["a", "b"]
+    assert names.run_names([one, {**other, "seed": 4}]) == ["seed 3", "seed 4"]
+    assert names.run_names([one, {**other, "seed": [4]}]) == ["seed 3", "seed 4"]
+    assert names.run_names([one, {**other, "prompt": "a boot"}]) == ["“a coat”", "“a boot”"]
+    both = names.run_names([one, {**other, "prompt": "a boot", "seed": None, "note": "x"}])
+    assert both == ["“a coat”, seed 3", "“a boot”, no seed"]
+    assert names.run_names([one, {**other, "model": "/elsewhere/large/"}]) == ["model small", "model large"]
+    assert names.run_names([{"eta": 0.0}, {"eta": 1.0}]) == ["eta 0.0", "eta 1.0"]
+    assert names.run_names([{"run": "1795207852"}, {"run": "1795207854"}]) == ["a", "b"], "ids of v0.1"
+    assert names.run_names([{"run": "first"}, {"run": "second"}]) == ["run first", "run second"]
+    long = names.run_names([{"prompt": "p" * 500}, {"prompt": "p" * 501}])
+    assert [name[:3] for name in long] == ["a: ", "b: "]
+    assert max(map(len, long)) <= names.LONGEST_RUN + 5
+
+
 def test_thinned() -> None:
     assert style.thinned(7, 7) == list(range(7))
     assert style.thinned(400, 99) == list(range(0, 400, 5))
     assert style.thinned(3, 0) == [0]
+
+
+@pytest.mark.parametrize("kind", ["heat_map", "bars", "effects", "histograms", "token_map"])
+def test_every_axis_and_colour_bar_is_labelled(kind: str) -> None:
+    if kind == "histograms":
+        figure = plots.histograms({"in": [1.0, 2.0]})
+    elif kind == "token_map":
+        figure = plots.token_map(np.ones((2, 1)), "ab", ["fc"], loud=[False] * 2, breaks=[], least=1e-6, title="t")
+    else:
+        figure = draw(kind, ["a", "b", "c"])
+    assert figure.axes[0].get_ylabel()
+    for axes in figure.axes:
+        bar = axes.get_label() == "<colorbar>"
+        assert axes.get_ylabel() if bar else axes.get_xlabel()
+
+
+def test_how_many_rows_are_named_is_said() -> None:
+    assert draw("heat_map", many(400)).axes[0].get_ylabel() == "row (80 of 400 are named)"
+    assert draw("heat_map", many(4)).axes[0].get_ylabel() == "row"
 
 
 # ---------------------------------------------------------------- heat maps
@@ -191,15 +250,48 @@ def colour_of(figure: Figure, value: float) -> str:
     return to_hex(image.cmap(image.norm(np.ma.masked_invalid([value])))[0])
 
 
-def test_what_has_no_value_is_grey_and_said_so() -> None:
+def key_of(figure: Figure) -> dict[str, str]:
+    """Colours by what the key says they mean."""
+    legend = figure.axes[0].get_legend()
+    if legend is None:
+        return {}
+    colours = [to_hex(patch.get_facecolor()) for patch in legend.get_patches()]
+    return dict(zip([text.get_text() for text in legend.get_texts()], colours, strict=True))
+
+
+def share_of(figure: Figure, colour: str) -> float:
+    """How much of the picture has a colour."""
+    wanted = [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
+    return float((pixels(figure)[..., :3] == wanted).all(-1).mean())
+
+
+def test_what_has_no_value_is_grey_and_what_is_not_finite_is_red() -> None:
     table = np.array([[1.0, np.nan], [np.inf, 2.0]])
     figure = plots.heat_map(table, ["a", "b"], [0, 1], title="t")
     assert figure.axes[0].images[0].get_array().mask.tolist() == [[False, True], [True, False]]
-    assert colour_of(figure, np.nan) == style.MISSING
-    assert figure.axes[0].get_title(loc="right") == "grey: no value"
-    grey = [int(style.MISSING[at : at + 2], 16) for at in (1, 3, 5)]
-    assert (pixels(figure)[..., :3] == grey).all(-1).mean() > 0.2, "no grey area was drawn"
-    assert plots.heat_map(np.ones((1, 1)), ["a"], [0], title="t").axes[0].get_title(loc="right") == ""
+    assert figure.axes[0].images[1].get_array().mask.tolist() == [[True, True], [False, True]]
+    assert figure.axes[0].collections[0].get_offsets().tolist() == [[0, 1]], "no cross"
+    assert key_of(figure) == {"NaN or infinity": style.LOUD, "no value": style.MISSING}
+    assert share_of(figure, style.MISSING) > 0.1
+    assert share_of(figure, style.LOUD) > 0.1
+    assert key_of(plots.heat_map(np.ones((1, 1)), ["a"], [0], title="t")) == {}
+
+
+def test_which_cells_are_not_finite_can_be_said() -> None:
+    marks = np.array([[False, True, True, False, True], [False] * 5])
+    figure = plots.heat_map(np.ones((2, 5)), ["a", "b"], range(5), title="t", nonfinite=marks)
+    assert figure.axes[0].collections[0].get_offsets().tolist() == [[1, 0], [4, 0]], "a cross where red begins"
+    assert key_of(figure) == {"NaN or infinity": style.LOUD}
+    with pytest.raises(BadValue, match=r"nonfinite of shape \(5, 2\) for a table of shape \(2, 5\)"):
+        plots.heat_map(np.ones((2, 5)), ["a", "b"], range(5), title="t", nonfinite=marks.T)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (40, 60), (400, 2000)])
+def test_one_cell_that_is_not_finite_is_seen_at_any_size(shape: tuple[int, int]) -> None:
+    marks = np.zeros(shape, dtype=bool)
+    marks[2, 3] = True
+    figure = plots.heat_map(np.ones(shape), range(shape[0]), range(shape[1]), title="t", nonfinite=marks)
+    assert share_of(figure, style.LOUD) * pixels(figure)[..., 0].size > 60, "pixels"
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (20, 30)])
@@ -211,6 +303,8 @@ def test_an_outlier_does_not_hide_the_rest(shape: tuple[int, int]) -> None:
     assert 0.9 < low < 1.1
     assert 1.9 < high < 2.1
     assert figure.axes[0].images[0].colorbar.extend == "max"
+    assert key_of(figure) == {"above the scale, up to 50": style.ABOVE}
+    assert colour_of(figure, 50.0) == style.ABOVE
 
 
 def test_without_outliers_nothing_is_cut_off() -> None:
@@ -224,7 +318,7 @@ def test_without_outliers_nothing_is_cut_off() -> None:
 def test_signs_have_a_white_middle(sign: float) -> None:
     figure = plots.heat_map([[-1.0 * sign, 0.0, 3.0 * sign]], ["a"], range(3), title="t")
     assert figure.axes[0].images[0].get_clim() == (-3.0, 3.0)
-    assert colour_of(figure, 0.0) == to_hex(colormaps["RdBu_r"](0.5))
+    assert colour_of(figure, 0.0) == to_hex(colormaps["BrBG_r"](0.5))
 
 
 def test_powers_of_ten() -> None:
@@ -232,21 +326,60 @@ def test_powers_of_ten() -> None:
     assert isinstance(image.norm, LogNorm)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_an_explosion_is_seen_beside_zeros(sign: float) -> None:
+    sizes = np.geomspace(8e-6, 8e3, 10)
+    norm = plots.heat_map([[0.0, *(sign * sizes)]], ["a"], range(11), title="t").axes[0].images[0].norm
+    assert isinstance(norm, SymLogNorm)
+    shares = np.sort(norm([0.0, *(sign * sizes)]))
+    assert (shares[0], shares[-1]) == pytest.approx((0.0, 1.0))
+    assert np.diff(shares).min() > 0.08, "two of eleven look alike"
+
+
+def test_both_signs_by_powers_of_ten_have_a_white_middle() -> None:
+    sizes = np.geomspace(0.01, 700, 20)
+    figure = plots.heat_map([np.concatenate([-sizes, sizes])], ["a"], range(40), title="t")
+    norm = figure.axes[0].images[0].norm
+    assert isinstance(norm, SymLogNorm)
+    assert (norm.vmin, norm.vmax) == pytest.approx((-700, 700))
+    assert colour_of(figure, 0.0) == to_hex(colormaps["BrBG_r"](0.5))
+    assert norm(10.0) - norm(1.0) > 0.05
+    ticks = figure.axes[0].images[0].colorbar.get_ticks()
+    assert 0 in ticks
+    assert figure.axes[1].get_ylim() == pytest.approx((-700, 700)), "the bar ends where its colours do"
+    assert min(abs(at) for at in ticks if at) >= norm.linthresh, "labels upon that of zero"
+
+
+def test_normal_numbers_are_linear() -> None:
+    table = np.random.default_rng(0).normal(size=(20, 30))
+    assert type(plots.heat_map(table, range(20), range(30), title="t").axes[0].images[0].norm) is Normalize
+
+
+def test_one_far_outlier_is_no_reason_for_powers_of_ten() -> None:
+    values = np.append(np.linspace(1, 2, 100), 1e6)
+    scale = scales.scale_of(values)
+    assert type(scale.norm) is Normalize
+    assert (scale.norm.vmax, scale.extend) == (pytest.approx(2, rel=0.02), "max")
+
+
+def test_a_scale_for_each_row() -> None:
+    table = np.array([[1.0, 2.0, 3.0], [1e6, 3e6, 2e6], [1e-6, 1.0, 1e6], [5.0, 5.0, 5.0], [np.nan] * 3])
+    figure = plots.heat_map(table, "abcde", range(3), title="t", scale="row", colour_bar="std")
+    shares = figure.axes[0].images[0].get_array()
+    assert shares[:4].tolist() == pytest.approx(np.array([[0, 0.5, 1], [0, 1, 0.5], [0, 0.5, 1], [0.5] * 3]))
+    assert shares[4].mask.all()
+    (beside,) = figure.axes[0].child_axes
+    ranges = [label.get_text() for label in beside.get_yticklabels()]
+    assert ranges == ["1 … 3", "1e+06 … 3e+06", "1e-06 … 1e+06 (log)", "5", ""]
+    assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["lowest", "highest"]
+    with pytest.raises(BadValue, match='scale=\'layer\'. Expected "all" or "row"'):
+        plots.heat_map(table, "abcde", range(3), title="t", scale="layer")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, -2.0, 1e-300, 1e300, np.nan])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7)])
 def test_a_constant_table(value: float, shape: tuple[int, int]) -> None:
     pixels(plots.heat_map(np.full(shape, value), range(shape[0]), range(shape[1]), title="t"))
-
-
-def test_a_trace_plots_layers_by_steps(tmp_path: Path) -> None:
-    import torch
-
-    wrapped = noesis.wrap(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU()), layers="all")
-    for _ in range(3):
-        wrapped(torch.randn(2, 3))
-    figure = wrapped.trace().plot("mean", path=tmp_path / "t.png")
-    assert row_labels(figure) == ["0", "1"]
-    assert np.array_equal(figure.axes[0].images[0].get_array(), wrapped.trace()["mean"].T)
 
 
 @pytest.mark.parametrize(
@@ -323,6 +456,20 @@ def test_real_soulprints(data: Path) -> None:
 
 
 # ---------------------------------------------------------------- effects
+
+
+def test_how_many_layers_of_how_many() -> None:
+    rows = rows_of(["a", "b", "c"], judged=False)
+    assert plots.effects(rows[:2], layers=3).axes[0].get_title(loc="left") == "effect by layer, 2 of 3 layers"
+    assert plots.effects(rows, layers=3).axes[0].get_title(loc="left") == "effect by layer"
+
+
+def test_a_comparison_says_of_what() -> None:
+    a, b = soulprint(many(40), 2), soulprint(many(40), 1)
+    a.meta, b.meta = {"seed": 7}, {"seed": 8}
+    figure = a.compare(b).plot()
+    assert figure.axes[0].get_title(loc="left") == "effect by layer, 25 of 40 layers"
+    assert figure.axes[0].texts[-1].get_text() == "from seed 7 to seed 8"
 
 
 def bar_colours(figure: Figure) -> list[str]:
@@ -413,10 +560,10 @@ def test_far_scores_do_not_squeeze_the_others(sizes: tuple[int, int]) -> None:
 
 def test_what_is_not_finite_is_said() -> None:
     figure = plots.histograms({"in": [1.0, 2.0], "out": [3.0, np.inf, np.nan], "gone": [np.inf]})
-    assert figure.axes[0].get_title(loc="right") == "not finite, and not shown: 2 of out, 1 of gone"
+    assert notes(figure) == ["not finite, and not shown: 2 of out, 1 of gone"]
     assert [drawn.sum() for drawn in shares(figure)] == pytest.approx([1, 1 / 3, 0])
     pixels(figure)
-    assert plots.histograms({"in": [1.0]}).axes[0].get_title(loc="right") == ""
+    assert notes(plots.histograms({"in": [1.0]})) == []
 
 
 @pytest.mark.parametrize("value", [0.0, -3.0, 1e-300, 1e300, np.inf])

@@ -338,7 +338,7 @@ def write(findings: Findings, training: Trace, out: Path) -> list[tuple[Path, st
 
 def draw(findings: Findings, path: Path) -> Figure:
     """Draw effects on other digits beside a heat map of effects on the same digits, step by step."""
-    from ..plots import SOFT, draw_effects, draw_heat_map, new_figure, write_figure
+    from ..plots import draw_effects, draw_heat_map, new_figure, write_figure
 
     figure = new_figure(14.0, 4.4)
     left, right = figure.subplots(1, 2)
@@ -349,8 +349,10 @@ def draw(findings: Findings, path: Path) -> Figure:
         findings.healthy.layers,
         findings.healthy.steps.tolist(),
         title="same digits: effect by layer and step",
+        row_axis="layer",
+        column_axis="step",
+        colour_bar="effect",
     )
-    right.set_xlabel("step", color=SOFT, fontsize=8)
     write_figure(figure, path)
     return figure
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from .. import files
 from ..errors import BadValue
-from ..numerics import Floats
+from ..numerics import Floats, Ints
+from .names import run_names
 from .style import (
     CROWDED,
     FIRST,
@@ -21,8 +22,11 @@ from .style import (
     SOFT,
     TALLEST,
     add_legend,
+    check_order,
     check_path,
     height_of,
+    in_turn,
+    label_axis,
     label_rows,
     new_figure,
     set_frame,
@@ -44,6 +48,7 @@ class Averaged(Protocol):
     means: Floats
     stds: Floats
     layers: list[str]
+    order: Ints | None
     meta: dict[str, Any]
 
 
@@ -74,14 +79,18 @@ class Changed(Protocol):
 # ---------------------------------------------------------------- pictures
 
 
-def bars(soulprints: Sequence[Averaged], path: files.PathLike | None = None) -> Figure:
+def bars(
+    soulprints: Sequence[Averaged], path: files.PathLike | None = None, *, order: Literal["run", "names"] = "run"
+) -> Figure:
     """Draw mean and standard deviation per layer, of one soulprint or of two.
 
     Layers are matched by name; a layer that only one soulprint has, has one bar. Where a few
-    layers dwarf the others, the axis is linear up to the median and goes by powers of ten beyond.
+    layers dwarf the others, the axis is linear up to the median and goes by powers of ten beyond. Runs are
+    named by what differs in their meta.
 
     Args:
         soulprints: one or two.
+        order: of the layers: `"run"` as they run, if that is known, or `"names"` as they are in the soulprints.
         path: where to write it too, as `.png`, `.svg` or `.pdf`.
 
     Returns:
@@ -101,7 +110,8 @@ def bars(soulprints: Sequence[Averaged], path: files.PathLike | None = None) -> 
     check_path(path)
     if not 1 <= len(soulprints) <= 2:
         raise BadValue(f"{len(soulprints)} soulprints", "one or two", "Draw them in pairs")
-    names = list(dict.fromkeys(name for each in soulprints for name in each.layers))
+    check_order(order)
+    names = list(dict.fromkeys(name for each in soulprints for name in _layers(each, order)))
     if not names:
         raise BadValue("The soulprint has no layers", "at least one", "Record a run first")
     figure = new_figure(10.0, height_of(len(names), per_row=ROW if len(soulprints) == 1 else ROW * 1.3))
@@ -111,20 +121,26 @@ def bars(soulprints: Sequence[Averaged], path: files.PathLike | None = None) -> 
         columns = [_by_name(each, kind, names) for each in soulprints]
         _layer_bars(axes, columns, colours)
         _scale(axes, np.concatenate(columns))
+        label_axis(axes, "x", f"{title} of the layer's output, averaged over steps")
         set_title(axes, title)
-    label_rows(left, names)
+    known = order == "run" and all(each.order is not None for each in soulprints)
+    label_rows(left, names, "layer, in the order they run" if known else "layer")
     right.tick_params(axis="y", length=0, labelleft=False)
     if len(soulprints) == 2:
-        add_legend(figure, colours, _run_names(soulprints))
+        add_legend(figure, colours, run_names([each.meta for each in soulprints]))
     return written(figure, path)
 
 
-def effects(rows: Sequence[Changed], path: files.PathLike | None = None) -> Figure:
+def effects(
+    rows: Sequence[Changed], path: files.PathLike | None = None, *, layers: int | None = None, note: str = ""
+) -> Figure:
     """Draw how much each layer changed, the first row on top, significant ones in another colour.
 
     Args:
         rows: of a comparison, such as `noesis.compare(a, b).rows[:25]`.
         path: where to write it too, as `.png`, `.svg` or `.pdf`.
+        layers: how many layers were compared, where rows are some of them.
+        note: small print beneath the title, such as which runs these are.
 
     Returns:
         The figure.
@@ -144,11 +160,11 @@ def effects(rows: Sequence[Changed], path: files.PathLike | None = None) -> Figu
     if not rows:
         raise BadValue("The comparison has no rows", "at least one", "Compare runs with a layer in common")
     figure = new_figure(8.0, height_of(len(rows)))
-    draw_effects(figure.add_subplot(), rows, title="effect by layer")
+    draw_effects(figure.add_subplot(), rows, title="effect by layer", layers=layers, note=note)
     return written(figure, path)
 
 
-def draw_effects(axes: Axes, rows: Sequence[Changed], *, title: str) -> None:
+def draw_effects(axes: Axes, rows: Sequence[Changed], *, title: str, layers: int | None = None, note: str = "") -> None:
     """Draw `effects` into given axes."""
     size = np.array([row.effect for row in rows])
     judged = any(row.changed is not None for row in rows)
@@ -156,7 +172,7 @@ def draw_effects(axes: Axes, rows: Sequence[Changed], *, title: str) -> None:
     places = np.arange(len(rows))
     axes.barh(places, size, height=0.74 if len(rows) <= CROWDED else 1.0, color=colours, linewidth=0)
     set_frame(axes, grid="x")
-    label_rows(axes, [row.layer for row in rows])
+    label_rows(axes, [row.layer for row in rows], "layer")
     axes.set_ylim(len(rows) - 0.4, -0.6)
     largest = float(np.max(size, initial=0.0)) or 1.0
     axes.set_xlim(0, largest * 1.02)
@@ -165,12 +181,15 @@ def draw_effects(axes: Axes, rows: Sequence[Changed], *, title: str) -> None:
         for place, row in enumerate(rows):
             text = f"{row.effect:.2g}" + ("" if row.q_value is None else f"   q {_q(row.q_value)}")
             axes.text(row.effect + largest * 0.012, place, text, va="center", fontsize=7, color=SOFT)
-    axes.set_xlabel("shift of the mean in standard deviations, and log ratio of the stds", color=SOFT, fontsize=8)
-    set_title(axes, title)
+    label_axis(axes, "x", "effect: shift of the mean in standard deviations, and log ratio of the stds")
+    if layers is not None and layers > len(rows):
+        title += f", {len(rows)} of {layers} layers"
+    key = {}
     if judged:
-        shown = [(LOUD, "changed", True), (QUIET, "within the noise of the baseline", False)]
-        present = [(colour, text) for colour, text, state in shown if any(bool(row.changed) is state for row in rows)]
-        add_legend(axes, [colour for colour, _ in present], [text for _, text in present])
+        meaning = {True: ("changed", LOUD), False: ("within the noise of the baseline", QUIET)}
+        present = {bool(row.changed) for row in rows}
+        key = dict(meaning[state] for state in (True, False) if state in present)
+    set_title(axes, title, note, key)
 
 
 def _q(value: float) -> str:
@@ -197,6 +216,13 @@ def _layer_bars(axes: Axes, columns: list[Floats], colours: list[str]) -> None:
     axes.set_ylim(count - 0.4, -0.6)
 
 
+def _layers(soulprint: Averaged, order: str) -> list[str]:
+    """Its layers as they run, or as they are in it."""
+    if order == "names" or soulprint.order is None:
+        return soulprint.layers
+    return [soulprint.layers[at] for at in in_turn(soulprint.order)]
+
+
 def _scale(axes: Axes, values: Floats) -> None:
     """Linear, or where a few bars dwarf the others linear up to their median only."""
     size = np.abs(values[np.isfinite(values) & (values != 0)])
@@ -215,12 +241,3 @@ def _by_name(soulprint: Averaged, kind: str, names: list[str]) -> Floats:
     """Means or stds in the order of `names`, NaN where the soulprint lacks the layer."""
     known = dict(zip(soulprint.layers, getattr(soulprint, kind), strict=True))
     return np.array([known.get(name, np.nan) for name in names])
-
-
-def _run_names(soulprints: Sequence[Averaged]) -> list[str]:
-    """What tells the runs apart, from their meta, or just a and b."""
-    for key in ("run", "prompt", "seed"):
-        found = [str(each.meta[key]) for each in soulprints if each.meta.get(key) is not None]
-        if len(found) == len(set(found)) == len(soulprints):
-            return [f"{letter}: {text}" for letter, text in zip("ab", found, strict=False)]
-    return ["a", "b"]

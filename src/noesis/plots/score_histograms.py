@@ -11,18 +11,18 @@ from numpy.typing import ArrayLike
 from .. import files
 from ..errors import BadValue
 from ..numerics import Floats
+from .names import shortened
 from .style import (
     FIRST,
     LOUD,
     SECOND,
     SOFT,
     add_legend,
-    add_note,
     check_path,
+    label_axis,
     new_figure,
     set_frame,
     set_title,
-    shortened,
     thinned,
     written,
 )
@@ -64,7 +64,7 @@ def histograms(
         >>> figure = histograms({"test": [1.0, 1.5, 2.0], "noise": [30.0, float("inf")]})
         >>> [text.get_text() for text in figure.legends[0].get_texts()]
         ['test (3)', 'noise (2)']
-        >>> figure.axes[0].get_title(loc="right")
+        >>> figure.axes[0].texts[0].get_text()
         'not finite, and not shown: 1 of noise'
     """
     check_path(path)
@@ -87,12 +87,11 @@ def draw_histograms(axes: Axes, sets: Mapping[str, Floats], *, title: str) -> No
     set_frame(axes, grid="x")
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("share of the set", color=SOFT, fontsize=8)
-    set_title(axes, title)
+    label_axis(axes, "x", title)
+    label_axis(axes, "y", "share of the set")
     missing = {name: len(sets[name]) - len(values) for name, values in finite.items()}
     lost = ", ".join(f"{count} of {shortened(name, 24)}" for name, count in missing.items() if count)
-    if lost:
-        add_note(axes, f"not finite, and not shown: {lost}")
+    set_title(axes, title, f"not finite, and not shown: {lost}" if lost else "")
 
 
 def _bins(axes: Axes, sets: list[Floats]) -> Floats:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from .. import files
-from ..errors import require
+from ..errors import BadValue, require
+from ..numerics import Ints
+from .names import shortened, shortened_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,13 +27,13 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".svg", ".pdf")
 DOTS_PER_INCH = 150
 INK, SOFT, GRID = "#24292f", "#6e7781", "#d8dee4"
-MISSING = "#c9ced4"
+MISSING, ABOVE, BELOW = "#c9ced4", "#ff8c1a", "#111111"
 FIRST, SECOND, PALE = "#2f6db3", "#e0812c", "#a5c0e0"
 QUIET, LOUD = "#9fb3c8", "#c8385a"
 #: Inches a row of labels needs to be read, and the tallest a picture gets.
 ROW, TALLEST = 0.21, 15.0
-#: Characters of a layer name that are shown.
-LONGEST_LABEL = 40
+#: Points that a line of small print is high.
+LINE = 14
 #: More rows than this are drawn without gaps, and a second run as marks on the bars of the first.
 CROWDED = 60
 
@@ -55,30 +57,40 @@ def inches_of(axes: Axes) -> tuple[float, float]:
     return figure.bbox.width / figure.dpi, figure.bbox.height / figure.dpi
 
 
-def label_rows(axes: Axes, labels: Sequence[Any]) -> None:
-    """Name the rows of axes, all of them or as many as there is room for."""
+def label_rows(axes: Axes, labels: Sequence[Any], kind: str) -> None:
+    """Name the rows of axes, all of them or as many as there is room for, and say of what kind they are."""
     room = int(inches_of(axes)[1] / (ROW * 0.72))
-    _label(axes.yaxis, labels, room, LONGEST_LABEL)
+    shown = _label(axes.yaxis, labels, room)
+    label_axis(axes, "y", kind + _how_many(len(labels), len(shown)))
 
 
-def label_columns(axes: Axes, labels: Sequence[Any]) -> None:
-    """Name the columns of axes, as many as there is room for."""
+def label_columns(axes: Axes, labels: Sequence[Any], kind: str) -> None:
+    """Name the columns of axes, as many as there is room for, and say of what kind they are."""
     room = max(4, int(inches_of(axes)[0] * 1.6))
-    texts = [str(label) for label in labels]
-    longest = max(len(text) for text in texts)
-    upright = longest > 6
-    _label(axes.xaxis, texts, room * (2 if upright else 1), LONGEST_LABEL)
+    upright = max(len(str(label)) for label in labels) > 6
+    _label(axes.xaxis, labels, room * (2 if upright else 1))
+    label_axis(axes, "x", kind)
     if upright:
         axes.tick_params(axis="x", labelrotation=90)
 
 
-def _label(axis: Any, labels: Sequence[Any], room: int, longest: int) -> None:
+def label_axis(axes: Axes, which: Literal["x", "y"], text: str) -> None:
+    """Say what an axis shows."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_label_text(text, color=SOFT, fontsize=8, parse_math=False, usetex=False)
+
+
+def _label(axis: Any, labels: Sequence[Any], room: int) -> list[int]:
     shown = thinned(len(labels), room)
+    texts = shortened_names(labels)
     axis.set_ticks(shown)
     # parse_math and usetex off: `$` and `_` in a name are characters of the name.
-    axis.set_ticklabels(
-        [shortened(labels[at], longest) for at in shown], parse_math=False, usetex=False, color=INK, fontsize=8
-    )
+    axis.set_ticklabels([texts[at] for at in shown], parse_math=False, usetex=False, color=INK, fontsize=8)
+    return shown
+
+
+def _how_many(count: int, shown: int) -> str:
+    return "" if shown == count else f" ({shown} of {count} are named)"
 
 
 def thinned(count: int, room: int) -> list[int]:
@@ -92,32 +104,6 @@ def thinned(count: int, room: int) -> list[int]:
     steps = (digit * 10**power for power in range(19) for digit in (1, 2, 5))
     step = next(step for step in steps if -(-count // step) <= max(room, 1))
     return list(range(0, count, step))
-
-
-def shortened(name: Any, longest: int = LONGEST_LABEL) -> str:
-    """A name on one line; of a long dotted one the words before the last are cut, its numbers are not.
-
-    Example:
-        >>> from noesis.plots import shortened
-        >>> shortened("down_blocks.1.attentions.0.transformer_blocks.5.attn1.to_q")
-        'down_bl…1.attenti…0.transfo…5.attn1.to_q'
-    """
-    text = "".join(char if char.isprintable() else "·" for char in str(name))
-    *words, last = text.split(".")
-    kept = [len(word) for word in words]
-
-    def cut() -> str:
-        # A cut word's ellipsis stands for its dot too.
-        ends = ("." if size == len(word) else "…" for word, size in zip(words, kept, strict=True))
-        return "".join(word[:size] + end for word, size, end in zip(words, kept, ends, strict=True)) + last
-
-    while len(cut()) > longest and max(kept, default=0) > 3:
-        kept[kept.index(max(kept))] -= 1
-    text = cut()
-    if len(text) <= longest:
-        return text
-    tail = (longest - 1) // 2
-    return f"{text[: longest - 1 - tail]}…{text[-tail:]}"
 
 
 def set_frame(axes: Axes, grid: Literal["x"] | None = None) -> None:
@@ -135,32 +121,48 @@ def set_frame(axes: Axes, grid: Literal["x"] | None = None) -> None:
         axes.set_axisbelow(True)
 
 
-def set_title(axes: Axes, text: str) -> None:
-    """A title above axes, to the left."""
-    axes.set_title(
-        shortened(text, 90), loc="left", fontsize=11, color=INK, fontweight="bold", parse_math=False, usetex=False
-    )
+def set_title(axes: Axes, text: str, note: str = "", key: Mapping[str, str] | None = None) -> None:
+    """A title above axes, beneath it a note in small print, and a key: what colours mean, colours by meaning."""
+    lines = bool(note) + bool(key)
+    text = shortened(text, 90)
+    words: dict[str, Any] = {"parse_math": False, "usetex": False}
+    axes.set_title(text, loc="left", fontsize=11, color=INK, fontweight="bold", pad=6 + LINE * lines, **words)
+    if note:
+        place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+        at = (0, 6 + LINE * bool(key))
+        axes.annotate(shortened(note, 100), (0, 1), at, fontsize=8, color=SOFT, **place, **words)
+    if key:
+        where = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2, "borderpad": 0.1}
+        _legend(axes, list(key.values()), list(key), {**where, "ncols": len(key), "columnspacing": 1.2})
 
 
-def add_note(axes: Axes, text: str) -> None:
-    """A remark above axes, to the right."""
-    axes.set_title(text, loc="right", fontsize=8, color=SOFT)
+def add_legend(figure: Figure, colours: list[str], texts: list[str]) -> None:
+    """Coloured squares with words in the upper right corner of a figure."""
+    _legend(figure, colours, texts, {"loc": "outside upper right", "ncols": 2})
 
 
-def add_legend(where: Figure | Axes, colours: list[str], texts: list[str]) -> None:
-    """Coloured squares with words: above axes, or in the upper right corner of a figure."""
-    from matplotlib.figure import Figure
+def _legend(where: Any, colours: list[str], texts: list[str], place: dict[str, Any]) -> None:
     from matplotlib.patches import Patch
 
-    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.1}
-    if isinstance(where, Figure):
-        place = {"loc": "outside upper right"}
     handles = [Patch(color=colour, linewidth=0) for colour in colours]
-    legend = where.legend(handles, ["-"] * len(texts), ncols=2, frameon=False, fontsize=8, handlelength=1.0, **place)
+    legend = where.legend(handles, ["-"] * len(texts), frameon=False, fontsize=8, handlelength=1.0, **place)
     # Set afterwards: a legend leaves out labels that begin with an underscore.
     for entry, text in zip(legend.get_texts(), texts, strict=True):
         entry.set(parse_math=False, usetex=False, color=INK)
         entry.set_text(shortened(text, 48))
+
+
+def in_turn(order: Ints) -> Ints:
+    """Places of layers in the order they run, from when each first ran; those that never ran (0) come last."""
+    never = np.iinfo(np.int64).max
+    places: Ints = np.argsort(np.where(order > 0, order, never), kind="stable")
+    return places
+
+
+def check_order(order: str) -> None:
+    """Refuse an order of layers that there is not."""
+    if order not in ("run", "names"):
+        raise BadValue(f"order={order!r}", '"run" or "names"', 'Pass order="names" for the order of named_modules()')
 
 
 def check_path(path: files.PathLike | None) -> None:

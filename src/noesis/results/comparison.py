@@ -153,10 +153,11 @@ class Comparison(Saved, Tabular):
         )
 
     def plot(self, top: int = 25, path: files.PathLike | None = None) -> Figure:
-        """Bars of the effects of the most changed layers; needs the extra `viz`."""
-        from ..plots import effects
+        """Bars of the effects of the most changed layers, of runs named by what differs; needs the extra `viz`."""
+        from ..plots import effects, run_names
 
-        return effects(self.rows[:top], path=path)
+        a, b = run_names([self.meta.get(run) or {} for run in "ab"])
+        return effects(self.rows[:top], path, layers=len(self.rows), note=f"from {a} to {b}")
 
     def __repr__(self) -> str:
         return self.summary()

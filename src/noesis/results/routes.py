@@ -235,7 +235,16 @@ class Routes(Routing, Saved, Tabular):
         from ..plots import heat_map
 
         load = self.totals.expert_load
-        return heat_map(load, self.layers, range(load.shape[1]), title="load by layer and expert", path=path)
+        return heat_map(
+            load,
+            self.layers,
+            range(load.shape[1]),
+            title="load by layer and expert",
+            row_axis="router",
+            column_axis="expert",
+            colour_bar="share of the router's choices",
+            path=path,
+        )
 
     def __repr__(self) -> str:
         totals, load = self.totals, self.totals.expert_load

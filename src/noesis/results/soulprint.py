@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
 from .. import files
 from ..errors import BadValue
 from ..files import v01
-from ..numerics import Floats
+from ..numerics import Floats, Ints
 from ..text import counted, plain, table
 from .comparing import compare
 from .comparison import Comparison
-from .saved import Saved
+from .saved import Saved, list_of
 from .tabular import Cells, Tabular
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Soulprint(Saved, Tabular):
         layers: dotted names.
         steps: over how many steps was averaged.
         meta: what is known of the run.
+        order: int [layers], when each first ran within a step, from 1; None where that is not known.
 
     Example:
         >>> import numpy as np, noesis
@@ -50,6 +51,7 @@ class Soulprint(Saved, Tabular):
     layers: list[str]
     steps: int = 1
     meta: dict[str, Any] = field(default_factory=dict)
+    order: Ints | None = None
 
     def __post_init__(self) -> None:
         self.means = np.asarray(self.means, dtype=np.float64)
@@ -62,6 +64,12 @@ class Soulprint(Saved, Tabular):
                 "one mean and one std per layer, each layer named once",
                 "Give arrays of one length and as many names",
             )
+        if self.order is not None:
+            self.order = np.asarray(self.order, dtype=np.int64)
+            if self.order.shape != self.means.shape:
+                raise BadValue(
+                    f"order {self.order.shape} of {len(self.layers)} layers", "a number per layer", "Leave out order"
+                )
 
     @property
     def vector(self) -> Floats:
@@ -106,7 +114,8 @@ class Soulprint(Saved, Tabular):
 
     def _header(self) -> dict[str, Any]:
         layout = "concat(means[0:L], stds[0:L])"
-        return {"layers": self.layers, "steps": self.steps, "vector_layout": layout, "meta": self.meta}
+        known = {} if self.order is None else {"order": self.order.tolist()}
+        return {"layers": self.layers, "steps": self.steps, **known, "vector_layout": layout, "meta": self.meta}
 
     def _arrays(self) -> files.Arrays:
         return {"means": self.means, "stds": self.stds}
@@ -123,16 +132,29 @@ class Soulprint(Saved, Tabular):
         means, stds = (np.asarray(arrays[name], dtype=np.float64) for name in ("means", "stds"))
         if not isinstance(header["layers"], list) or type(header["steps"]) is not int:
             raise TypeError("layers has to be a list, steps a whole number")
-        return cls(means, stds, header["layers"], header["steps"], dict(header["meta"]))
+        order = np.array(list_of(int, header["order"])) if "order" in header else None
+        return cls(means, stds, header["layers"], header["steps"], dict(header["meta"]), order)
 
     def _columns(self) -> dict[str, Cells]:
         return {"layer": self.layers, "mean": self.means, "std": self.stds}
 
-    def plot(self, other: Soulprint | None = None, path: files.PathLike | None = None) -> Figure:
-        """Bars of mean and std per layer, beside those of another run if given; needs the extra `viz`."""
+    def plot(
+        self,
+        other: Soulprint | None = None,
+        path: files.PathLike | None = None,
+        *,
+        order: Literal["run", "names"] = "run",
+    ) -> Figure:
+        """Bars of mean and std per layer, beside those of another run if given; needs the extra `viz`.
+
+        Args:
+            other: another run; the two are named by what differs in their meta.
+            path: where to write it too, as `.png`, `.svg` or `.pdf`.
+            order: of the layers: `"run"` as they run, if that is known, or `"names"` as in `layers`.
+        """
         from ..plots import bars
 
-        return bars([self] if other is None else [self, other], path=path)
+        return bars([self] if other is None else [self, other], path, order=order)
 
     def __repr__(self) -> str:
         head = f"Soulprint of {counted(len(self.layers), 'layer')} over {counted(self.steps, 'step')}"

@@ -239,7 +239,17 @@ class Surprise(Saved, Tabular):
         from .. import plots
 
         names, values = self.matrix()
-        return plots.heat_map(values, names, range(len(self)), title="surprise (nats)", path=path)
+        calibrated = any(layer.surprisal is not None for layer in self.layers.values())
+        return plots.heat_map(
+            values,
+            names,
+            range(len(self)),
+            title="surprise by layer and input",
+            row_axis="layer, in the order they run",
+            column_axis="input",
+            colour_bar="surprisal (nats)" if calibrated else "code length (nats)",
+            path=path,
+        )
 
     def __repr__(self) -> str:
         shown = range(min(SHOWN, len(self)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +15,9 @@ from ..errors import BadValue, MissingFile, WrongState
 from ..files import v01
 from ..kernels import layout, rows
 from ..numerics import Floats, Ints
-from ..text import counted, plain, table
 from .columns import COLUMNS, from_file, to_arrays, to_header, to_table, whole
 from .saved import Saved
+from .showing import draw_trace, first_ran, text_of
 from .soulprint import Soulprint
 from .statistics import ALWAYS, OPTIONAL, fields_of, stats_of
 from .tabular import Cells, Tabular
@@ -111,15 +111,6 @@ class Trace(Saved, Tabular):
         """Which layers gave any element at all, finite or not."""
         return (self.averages[:, 0] > 0) | (self.totals[:, self._stat("nonfinite")] > 0)
 
-    @property
-    def _seconds_per_step(self) -> float | None:
-        """From the begin of a step to that of the next, in the median; the first, which may compile, is left out."""
-        timed = np.isfinite(self.seconds)
-        passed, steps = np.diff(self.seconds[timed])[1:], np.diff(self.steps[timed])[1:]
-        if not len(steps) or (steps <= 0).any() or (passed < 0).any():  # files may hold anything
-            return None
-        return float(np.median(passed / steps))
-
     def first_nonfinite(self) -> tuple[int, str] | None:
         """Step and layer of the first NaN or infinity, in order of execution; None if there is none.
 
@@ -181,6 +172,7 @@ class Trace(Saved, Tabular):
             layers=[name for name, yes in zip(self.layers, ran, strict=True) if yes],
             steps=int(times.max()),
             meta=dict(self.meta),
+            order=first_ran(self.order)[ran] if len(self) else None,
         )
 
     def _stat(self, name: str) -> int:
@@ -354,34 +346,33 @@ class Trace(Saved, Tabular):
     def _columns(self) -> dict[str, Cells]:
         return to_table(self)
 
-    def plot(self, stat: str = "std", path: files.PathLike | None = None) -> Figure:
-        """A heat map of one statistic, steps across and layers down; needs the extra `viz`."""
-        from ..plots import heat_map
+    def plot(
+        self,
+        stat: str = "std",
+        path: files.PathLike | None = None,
+        *,
+        scale: Literal["all", "layer"] = "all",
+        order: Literal["run", "names"] = "run",
+    ) -> Figure:
+        """A heat map of one statistic, steps across and layers down; needs the extra `viz`.
 
-        return heat_map(self[stat].T, self.layers, self.steps.tolist(), title=f"{stat} by layer and step", path=path)
+        Where a layer gave NaN or infinity the cell is red and crossed, were it one element in a million; where it did
+        not run, it is grey. Steps of a denoiser have their timesteps.
+
+        Args:
+            stat: one of `stats`.
+            path: where to write it too, as `.png`, `.svg` or `.pdf`.
+            scale: of colours: `"all"` for one, or `"layer"` for one per layer, which shows what changes in each.
+            order: of the layers: `"run"` as they run, or `"names"` as in `layers`.
+
+        Raises:
+            NoesisError: for an unknown statistic, scale, order or suffix, when there are no steps, or matplotlib is
+                missing.
+        """
+        return draw_trace(self, stat, path, scale, order)
 
     def __repr__(self) -> str:
-        head = f"Trace of {counted(len(self), 'step')} x {counted(len(self.layers), 'layer')} x {len(self.stats)} stats"
-        if (pace := self._seconds_per_step) is not None:
-            head += f", {pace:.3g} s per step" if pace >= 1 else f", {1000 * pace:.3g} ms per step"
-        if self.dropped_steps:
-            head += f" ({self.dropped_steps} earlier steps are in the totals only)"
-        if self.samples:
-            head += f", {counted(len(self.samples), 'sample')}"
-        shown = [name for name in self.stats if name != "count"]
-        columns, silent = [self.stats.index(name) for name in shown], set(self.never_ran)
-        lines = [
-            [name, *(f"{value:.4g}" for value in self.totals[index, columns])]
-            for index, name in enumerate(self.layers)
-            if name not in silent
-        ]
-        parts = [head, table(["layer", *shown], lines)]
-        if self.never_ran:
-            parts.append(f"never ran: {', '.join(map(plain, self.never_ran))}")
-        parts += [f"not measured: {plain(name)} ({plain(why)})" for name, why in self.unmeasured.items()]
-        if found := self.first_nonfinite():
-            parts.append(f"first NaN or infinity: step {found[0]}, layer {plain(found[1])}")
-        return "\n".join(parts)
+        return text_of(self)
 
 
 def _span(steps: Ints) -> str:
