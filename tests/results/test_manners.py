@@ -114,7 +114,16 @@ RESULTS = [faithful, weighed, traced, printed, compared, judged, surprised, rout
 # Files and JSON.
 
 #: What is there for other readers, and what older files lack.
-OPTIONAL = {"totals", "vector_layout", "lengths", "meta_differences", "sample_meta", "substituted", "tolerance"}
+OPTIONAL = {
+    "reasons",
+    "totals",
+    "vector_layout",
+    "lengths",
+    "meta_differences",
+    "sample_meta",
+    "substituted",
+    "tolerance",
+}
 
 
 def test_why_layers_could_not_be_judged_is_saved(tmp_path: Path) -> None:

@@ -245,3 +245,9 @@ def of_step(
     each = timestep.to(dtype).reshape(samples, -1).amax(1)  # there are integers that torch finds no largest of
     largest = each.amax()
     return torch.where(each.amin() == largest, largest, torch.nan), each
+
+
+def places_of(device: torch.device, layers: int) -> list[Tensor]:
+    """A tensor for each layer that says which it is, on the device."""
+    with undisturbed(), torch.inference_mode(False):
+        return [stays(index.clone()) for index in torch.arange(layers, device=device)]

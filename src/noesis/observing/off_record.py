@@ -6,6 +6,9 @@ beside others that run the same model as usual: what is theirs is found by the t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -58,7 +61,24 @@ class OffRecord:
         return control
 
 
-def one_of(spare: list[OffRecord], channels: Channels) -> OffRecord:
+@contextmanager
+def off_the_record(running: dict[int, OffRecord], spare: list[OffRecord], channels: Channels) -> Iterator[OffRecord]:
+    """Have what this thread runs inside be off the record: `running` says so, by thread."""
+    thread, found = get_ident(), _one_of(spare, channels)
+    before = running.get(thread)
+    running[thread] = found
+    try:
+        yield found
+    finally:
+        if before is None:
+            del running[thread]
+        else:
+            running[thread] = before
+    found.clear()
+    spare.append(found)  # not after an exception: its last kernels may still be to come
+
+
+def _one_of(spare: list[OffRecord], channels: Channels) -> OffRecord:
     """One that nobody uses, or a new one."""
     try:
         return spare.pop()

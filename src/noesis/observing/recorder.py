@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import uuid
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from threading import get_ident
 from time import perf_counter
 from typing import Any
@@ -19,17 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NoesisError
-from ..internals import LISTENERS, set_sizes, sizes_of, stays, times_traced, undisturbed, untraced
+from ..internals import LISTENERS, set_sizes, sizes_of, times_traced, undisturbed, untraced
 from ..kernels.layout import EVERY, FOLD
 from ..kernels.stepping import Clock
 from ..layers import Batch, Router
 from ..results import Trace
 from ..surprise import Scorer
 from .answers import Answers
-from .bank import Bank
+from .bank import Bank, places_of
 from .channels import Channel, Channels
 from .evidence import Evidence
-from .off_record import OffRecord, one_of
+from .off_record import OffRecord, off_the_record
 from .route_bank import RouteBank
 from .stand_ins import StandIns
 from .switch import Switch
@@ -56,7 +56,7 @@ class Recorder(Answers):
         self.per_sample = samples > 0
         self.banks = [Bank(device, len(names), capacity, samples, every)]
         # A tensor per layer and bank: a Python int would make compiled code differ from layer to layer.
-        self.places: list[list[Tensor]] = [[place] for place in _places(device, len(names))]
+        self.places: list[list[Tensor]] = [[place] for place in places_of(device, len(names))]
         self.on_cuda = device.type == "cuda"
         self.every = every
         self.paused = False
@@ -162,9 +162,7 @@ class Recorder(Answers):
 
     def _note_autocast(self) -> None:
         """Whoever compares runs wants to know in which dtype they computed."""
-        if "autocast" in self.meta:
-            return
-        for bank in self.banks:
+        for bank in self.banks if "autocast" not in self.meta else ():
             if torch.is_autocast_enabled(bank.device.type):
                 self.meta["autocast"] = str(torch.get_autocast_dtype(bank.device.type)).removeprefix("torch.")
 
@@ -247,7 +245,7 @@ class Recorder(Answers):
     def drop(self, channel: Channel, reason: str) -> None:
         """Leave nothing of this forward in a channel, and say why."""
         off_record = self.off_record()
-        (channel if off_record is None else off_record.own(channel)).drop(reason)
+        (off_record.own(channel) if off_record else channel).drop(reason)
 
     def route(self, logits: Tensor, indices: Tensor, router: int) -> None:
         """Count where a router sent its tokens."""
@@ -274,7 +272,7 @@ class Recorder(Answers):
         self.banks.append(self.banks[0].beside(device))
         self.on_cuda = self.on_cuda or device.type == "cuda"
         self._settle()
-        for places, place in zip(self.places, _places(device, len(self.names)), strict=True):
+        for places, place in zip(self.places, places_of(device, len(self.names)), strict=True):
             places.append(place)
         for bank in self.banks:
             bank.control[FOLD] = 1  # the totals of all hold the same steps
@@ -341,22 +339,10 @@ class Recorder(Answers):
         """Say whether layers are passed by."""
         self.switch.turn(self.paused or self.skipping, cuda=self.on_cuda, gradients=self.gradients is not None)
 
-    @contextmanager
-    def off_the_record(self) -> Iterator[OffRecord]:
+    def off_the_record(self) -> AbstractContextManager[OffRecord]:
         """Forwards of this thread inside are no steps; their vectors are kept until the next one, or the end."""
         assert self.channels is not None  # whoever asks has codebooks
-        off_record, thread, found = self.switch.off_record, get_ident(), one_of(self.spare, self.channels)
-        before = off_record.get(thread)
-        off_record[thread] = found
-        try:
-            yield found
-        finally:
-            if before is None:
-                del off_record[thread]
-            else:
-                off_record[thread] = before
-        found.clear()
-        self.spare.append(found)  # not after an exception: its last kernels may still be to come
+        return off_the_record(self.switch.off_record, self.spare, self.channels)
 
     def off_record(self) -> OffRecord | None:
         """What keeps the vectors of this thread's forwards, where they are off the record."""
@@ -412,8 +398,3 @@ class Recorder(Answers):
         if branch is not None and branch not in self.branches:
             self.branches.append(branch)
         self.branch = branch
-
-
-def _places(device: torch.device, layers: int) -> list[Tensor]:
-    with undisturbed(), torch.inference_mode(False):
-        return [stays(index.clone()) for index in torch.arange(layers, device=device)]
