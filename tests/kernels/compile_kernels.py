@@ -19,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource
 
+from noesis.kernels import layout
 from noesis.kernels.coding import _triton as coding_triton
 from noesis.kernels.launching import Kernel
 from noesis.kernels.moments import _triton as moments_triton
@@ -63,7 +64,7 @@ def moments(arch: int, dtype: str, **flags: bool) -> dict[str, int]:
     """A variant of the moments kernel."""
     tile = moments_triton.TILE_BYTES // SIZES[dtype] // (1 if flags.get("DENSE", True) else 4)
     constants = {
-        "PARTS": 264, "PARTS_P2": 512, "TILE": tile, "PIECE": tile // moments_triton.PIECES,
+        "PARTS": 264, "PARTS_P2": 512, "TILE": tile, "PIECE": tile // moments_triton.PIECES, "FIELDS": layout.REQUIRED,
         "DENSE": True, "EVEN": True, "SOLO": False, "BY_SAMPLE": False, "COUNT_ZEROS": False, **flags,
     }  # fmt: skip
     return build(moments_triton._KERNEL, arch, constants, {**POINTERS, "p_x": f"*{dtype}"})
@@ -75,7 +76,8 @@ def main() -> None:
     report = {f"moments {dtype}": moments(arch, dtype) for dtype in SIZES}
     for flags in ({"SOLO": True}, {"DENSE": False}, {"EVEN": False}, {"BY_SAMPLE": True}, {"COUNT_ZEROS": True}):
         report[f"moments fp16 {flags}"] = moments(arch, "fp16", **flags)
-    report["begin"] = build(stepping_triton._BEGIN, arch, {"BLOCK": stepping_triton.BLOCK}, POINTERS)
+    steps = {"BLOCK": stepping_triton.BLOCK, "FIELDS": layout.REQUIRED}
+    report["begin"] = build(stepping_triton._BEGIN, arch, steps, POINTERS)
     for name, tile in (("last", pooling_triton.CHANNELS_LAST), ("first", pooling_triton.CHANNELS_FIRST)):
         constants = {"POSITIONS": tile[0], "CHANNELS": tile[1], "SPREAD": True}
         pointers = {"p_x": "*fp16", "p_buffer": "*fp32", "p_stamp": "*i64", "p_control": "*i64"}

@@ -16,7 +16,7 @@ from by_hand import EXACT, State, check, expected, play
 from helpers.processes import one_thread
 from noesis.kernels import dispatch as kernels
 from noesis.kernels import layout, rows
-from noesis.kernels.layout import CALLS, FIELDS, ORDER
+from noesis.kernels.layout import CALLS, FIELDS, ORDER, REQUIRED
 from noesis.kernels.moments import _numpy as moments_numpy
 from noesis.kernels.moments import op as moments
 from noesis.kernels.moments import reference
@@ -183,7 +183,7 @@ def test_adding_several_steps_to_the_totals_at_once(samples):
     play(one, "numba", samples)
     play(many, "numba", samples)
     assert (one.control[layout.FOLDED], many.control[layout.FOLDED]) == (5, 6)
-    rest = rows.unpack(one.slab[[5 % 4]].numpy(), np.zeros((1, 1 + samples, 2, len(FIELDS))))
+    rest = rows.unpack(one.slab[[5 % 4]].numpy(), np.zeros((1, 1 + samples, 2, REQUIRED)))
     np.testing.assert_allclose(stepping.add_steps(one.totals.numpy(), rest), many.totals.numpy(), rtol=1e-12)
 
 

@@ -6,9 +6,12 @@ from __future__ import annotations
 FIELDS = ("count", "nonfinite", "zeros", "mean", "std", "abs_mean", "min", "max", "calls", "order")
 COUNT, NONFINITE, ZEROS, MEAN, STD, ABS_MEAN, MIN, MAX, CALLS, ORDER = range(len(FIELDS))
 
-#: The same packed as float32 slots: a count takes two, and the high parts, in units of `BASE`, come last.
+#: How many fields a row has at least; it has more where a statistic needs them, see `results.statistics`.
+REQUIRED = len(FIELDS)
+
+#: A row packed as float32 slots: a count takes two, and the high parts, in units of `BASE`, come last.
 COUNTS = (COUNT, NONFINITE, ZEROS)
-SLOTS = len(FIELDS) + len(COUNTS)
+SLOTS = REQUIRED + len(COUNTS)
 BASE = float(1 << 24)
 
 #: The control block: forwards counted, steps observed, the flags that tell a layer where its row goes, if
@@ -21,6 +24,7 @@ FORWARDS, OBSERVED, EVERY, ENABLED, ACTIVE, SLOT, SEQUENCE, FOLDED, FOLD = range
 STEP, KNOWN = 4, 5
 NUMBER, TIMESTEP, BRANCH, BATCH, SECONDS = range(KNOWN)
 
-#: Beside the merged row, totals hold what a soulprint averages: steps, sum of means, sum of stds.
-TOTALS = len(FIELDS) + 3
-STEPS, SUM_MEAN, SUM_STD = range(len(FIELDS), TOTALS)
+#: After the merged row, totals hold what a soulprint averages: steps, sum of means, sum of stds.
+AVERAGES = 3
+STEPS, SUM_MEAN, SUM_STD = range(-AVERAGES, 0)
+TOTALS = REQUIRED + AVERAGES

@@ -6,13 +6,13 @@ import triton.language as tl
 
 from . import layout
 
-SLOTS = tl.constexpr(layout.SLOTS)
 COUNT, NONFINITE, ZEROS = (tl.constexpr(field) for field in layout.COUNTS)
 MEAN, STD, ABS_MEAN = tl.constexpr(layout.MEAN), tl.constexpr(layout.STD), tl.constexpr(layout.ABS_MEAN)
 MIN, MAX = tl.constexpr(layout.MIN), tl.constexpr(layout.MAX)
 CALLS, ORDER = tl.constexpr(layout.CALLS), tl.constexpr(layout.ORDER)
-HIGH = tl.constexpr(len(layout.FIELDS))  # slots from here on hold the high parts of the counts
-TOTALS = tl.constexpr(layout.TOTALS)
+REQUIRED = tl.constexpr(layout.REQUIRED)
+#: After the fields of a row: high parts of counts in slots, averages in totals.
+HIGHS, AVERAGES = tl.constexpr(len(layout.COUNTS)), tl.constexpr(layout.AVERAGES)
 STEPS, SUM_MEAN, SUM_STD = (tl.constexpr(i) for i in (layout.STEPS, layout.SUM_MEAN, layout.SUM_STD))
 FORWARDS, OBSERVED, EVERY = (tl.constexpr(i) for i in (layout.FORWARDS, layout.OBSERVED, layout.EVERY))
 ENABLED, ACTIVE, SLOT = (tl.constexpr(i) for i in (layout.ENABLED, layout.ACTIVE, layout.SLOT))

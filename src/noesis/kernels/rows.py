@@ -12,36 +12,43 @@ from typing import Any
 
 import numpy as np
 
-from .layout import ABS_MEAN, BASE, CALLS, COUNT, COUNTS, FIELDS, MAX, MEAN, MIN, ORDER, STD
+from .layout import ABS_MEAN, BASE, CALLS, COUNT, COUNTS, MAX, MEAN, MIN, ORDER, STD
 
 
 def pack(rows: Any, slots: Any) -> Any:
-    """Write unpacked rows [..., FIELDS] into float32 slots [..., SLOTS]."""
-    slots[..., : len(FIELDS)] = rows
+    """Write unpacked rows [..., fields] into float32 slots [..., fields + COUNTS], which may hold fewer fields."""
+    fields = width(slots)
+    slots[..., :fields] = rows[..., :fields]
     for position, field in enumerate(COUNTS):
         high = rows[..., field] // BASE
         slots[..., field] = rows[..., field] - high * BASE
-        slots[..., len(FIELDS) + position] = high
+        slots[..., fields + position] = high
     return slots
 
 
 def unpack(slots: Any, rows: Any) -> Any:
-    """Read float32 slots [..., SLOTS] into unpacked rows [..., FIELDS]."""
-    rows[...] = slots[..., : len(FIELDS)]
+    """Read float32 slots [..., fields + COUNTS] into unpacked rows [..., fields], which may have room for more."""
+    fields = width(slots)
+    rows[..., :fields] = slots[..., :fields]
     for position, field in enumerate(COUNTS):
-        rows[..., field] += slots[..., len(FIELDS) + position] * BASE
+        rows[..., field] += slots[..., fields + position] * BASE
     return rows
+
+
+def width(slots: Any) -> int:
+    """How many fields slots hold."""
+    return int(slots.shape[-1]) - len(COUNTS)
 
 
 def combine(parts: Any, xp: Any = np) -> Any:
     """The row of the union of several disjoint sets of elements, from their rows.
 
     Args:
-        parts: [K, ..., FIELDS], float64; `std` is the population's.
+        parts: [K, ..., fields], float64; `std` is the population's.
         xp: numpy or torch, the module `parts` comes from.
 
     Returns:
-        [..., FIELDS], exact up to rounding for any split into parts.
+        [..., fields], exact up to rounding for any split into parts.
 
     Source: Chan, Golub, LeVeque 1979, "Updating formulae and a pairwise algorithm for computing
     sample variances", in its form for K parts.

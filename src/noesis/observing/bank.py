@@ -13,11 +13,12 @@ from ..internals import stays, undisturbed
 from ..kernels import moments, rows, stepping
 from ..kernels.layout import (
     ACTIVE,
+    AVERAGES,
     BRANCH,
     CONTROL,
+    COUNTS,
     ENABLED,
     EVERY,
-    FIELDS,
     FOLD,
     FOLDED,
     FORWARDS,
@@ -25,10 +26,8 @@ from ..kernels.layout import (
     OBSERVED,
     SEQUENCE,
     SLOT,
-    SLOTS,
     STEP,
     TIMESTEP,
-    TOTALS,
 )
 from ..kernels.moments import scratch
 from ..kernels.runtime import as_array, by_value, from_value
@@ -43,13 +42,14 @@ FOLDED_ROWS = 1 << 14
 class Bank:
     """The slab of one device and the control block that says where its rows go."""
 
-    def __init__(self, device: torch.device, layers: int, capacity: int, samples: int, every: int) -> None:
+    def __init__(self, device: torch.device, layers: int, fields: int, capacity: int, samples: int, every: int) -> None:
         self.device = device
         wide = torch.float32 if device.type == "mps" else torch.float64  # Apple GPUs have no float64
         # Outside inference mode, whoever calls: inference tensors could not be written to later.
         with undisturbed(), torch.inference_mode(False):
-            self.slab = torch.zeros(capacity + 1, 1 + samples, layers, SLOTS, dtype=torch.float32, device=device)
-            self.totals = torch.zeros(1 + samples, layers, TOTALS, dtype=wide, device=device)
+            slots = fields + len(COUNTS)
+            self.slab = torch.zeros(capacity + 1, 1 + samples, layers, slots, dtype=torch.float32, device=device)
+            self.totals = torch.zeros(1 + samples, layers, fields + AVERAGES, dtype=wide, device=device)
             self.steps = torch.zeros(capacity, STEP, dtype=wide, device=device)
             self.control = torch.zeros(CONTROL, dtype=torch.int64, device=device)
             self.scratch = scratch(device)
@@ -204,7 +204,7 @@ class Bank:
     def beside(self, device: torch.device) -> Bank:
         """An empty bank on another device, at the same step."""
         layers = self.slab.shape[2]
-        bank = Bank(device, layers, self.capacity, self.samples, 1)
+        bank = Bank(device, layers, rows.width(self.slab), self.capacity, self.samples, 1)
         bank.control.copy_(self.control)
         bank.routes = None if self.routes is None else self.routes.beside(device)
         return bank
@@ -217,10 +217,10 @@ class Bank:
         return steps.astype(np.float64), control.copy()
 
     def held(self, slots: list[int] | None = None) -> Floats:
-        """Rows [slots, rows, layers, FIELDS] on the host; of all capacity + 1 slots by default."""
+        """Rows [slots, rows, layers, fields] on the host; of all capacity + 1 slots by default."""
         slab = self.slab.detach()
         packed = (slab if slots is None else slab[slots]).cpu().numpy()
-        unpacked: Floats = rows.unpack(packed, np.zeros((*packed.shape[:-1], len(FIELDS))))
+        unpacked: Floats = rows.unpack(packed, np.zeros((*packed.shape[:-1], rows.width(packed))))
         return unpacked
 
 

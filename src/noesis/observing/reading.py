@@ -19,8 +19,8 @@ class Reading:
     """Everything a recorder knows, on the host."""
 
     steps: Floats  # [steps, KNOWN]
-    rows: Floats  # [steps, 1 + samples, layers, FIELDS]; entry 0 is the whole, not the remainder
-    totals: Floats  # [1 + samples, layers, TOTALS], over all steps of the run
+    rows: Floats  # [steps, 1 + samples, layers, fields]; entry 0 is the whole, not the remainder
+    totals: Floats  # [1 + samples, layers, fields + AVERAGES], over all steps of the run
     dropped: int  # steps the ring no longer holds
     forwards: int  # that have begun
     timesteps: Floats  # [steps, samples], NaN where a sample has none of its own

@@ -23,7 +23,7 @@ from ..internals import LISTENERS, set_sizes, sizes_of, times_traced, undisturbe
 from ..kernels.layout import EVERY, FOLD
 from ..kernels.stepping import Clock
 from ..layers import Batch, Router
-from ..results import Trace
+from ..results import Trace, fields_for
 from ..surprise import Scorer
 from .answers import Answers
 from .bank import Bank, places_of
@@ -54,7 +54,7 @@ class Recorder(Answers):
         self.settings = settings
         self.count_zeros = "zeros" in stats
         self.per_sample = samples > 0
-        self.banks = [Bank(device, len(names), capacity, samples, every)]
+        self.banks = [Bank(device, len(names), fields_for(stats), capacity, samples, every)]
         # A tensor per layer and bank: a Python int would make compiled code differ from layer to layer.
         self.places: list[list[Tensor]] = [[place] for place in places_of(device, len(names))]
         self.on_cuda = device.type == "cuda"

@@ -12,7 +12,7 @@ from .parameter_norms import ParameterNorms
 from .routes import Routes
 from .saved import Saved
 from .soulprint import Soulprint
-from .statistics import ALWAYS, COUNTS, OPTIONAL, fields_of, stats_of
+from .statistics import ALWAYS, COUNTS, OPTIONAL, asked_for, fields_for, fields_of, stats_of
 from .surprise import Judgement, LayerSurprise, Reason, Surprise
 from .token_comparison import token_deltas
 from .tokens import TokenDeltas
@@ -40,9 +40,11 @@ __all__ = [
     "Trace",
     "allowances",
     "allowed",
+    "asked_for",
     "bytes_of",
     "compare",
     "divergences",
+    "fields_for",
     "fields_of",
     "from_known",
     "from_rows",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +16,9 @@ class Statistic(NamedTuple):
 
     Attributes:
         name: as in `trace.stats`.
-        of: from rows [..., FIELDS] to it.
+        of: from rows [..., fields] to it.
         field: of the row, that it gives back; None where it follows from others.
+        back: from it, and the number of elements, to that field.
         counts: whether it is a number of elements: exact, 0 where a layer did not run, added up over layers.
         optional: whether it has to be asked for.
     """
@@ -25,18 +26,24 @@ class Statistic(NamedTuple):
     name: str
     of: Callable[[Floats], Floats]
     field: int | None
+    back: Callable[[Floats, Floats], Floats] = lambda values, count: values
     counts: bool = False
     optional: bool = False
 
 
 def _of_field(name: str, *, counts: bool = False, optional: bool = False) -> Statistic:
     field = layout.FIELDS.index(name)
-    return Statistic(name, lambda row: row[..., field], field, counts, optional)
+    return Statistic(name, lambda row: row[..., field], field, counts=counts, optional=optional)
 
 
 def _std(row: Floats) -> Floats:
     unbiased: Floats = rows.sample_std(row[..., layout.STD], row[..., layout.COUNT])
     return unbiased
+
+
+def _population_std(std: Floats, count: Floats) -> Floats:
+    with np.errstate(invalid="ignore"):
+        return std * np.sqrt(np.where(count > 1, count - 1, 0) / np.where(count > 0, count, 1))
 
 
 def _rms(row: Floats) -> Floats:
@@ -47,7 +54,7 @@ def _rms(row: Floats) -> Floats:
 TABLE = (
     _of_field("count", counts=True),
     _of_field("mean"),
-    Statistic("std", _std, layout.STD),
+    Statistic("std", _std, layout.STD, _population_std),
     _of_field("abs_mean"),
     _of_field("min"),
     _of_field("max"),
@@ -61,8 +68,20 @@ COUNTS = tuple(each.name for each in TABLE if each.counts)
 _BY_NAME = {each.name: each for each in TABLE}
 
 
+def asked_for(names: Collection[str]) -> tuple[str, ...]:
+    """The statistics of a trace, in their order, where these were asked for."""
+    return tuple(each.name for each in TABLE if not each.optional or each.name in names)
+
+
+def fields_for(stats: Collection[str]) -> int:
+    """How many fields a row needs for these statistics."""
+    fields = (_BY_NAME[name].field for name in stats)
+    more = any(field is not None and field >= layout.REQUIRED for field in fields)
+    return len(layout.FIELDS) if more else layout.REQUIRED
+
+
 def stats_of(unpacked: Floats, stats: tuple[str, ...]) -> Floats:
-    """Statistics [..., stats] from rows [..., FIELDS]; NaN where there was no element, but for counts."""
+    """Statistics [..., stats] from rows [..., fields]; NaN where there was no element, but for counts."""
     measured = unpacked[..., layout.COUNT] > 0
     columns = [
         known.of(unpacked) if known.counts else np.where(measured, known.of(unpacked), np.nan)
@@ -81,8 +100,5 @@ def fields_of(values: Floats, stats: tuple[str, ...]) -> Floats:
             continue
         # Of a layer without one finite number, that is counted and nothing else is known.
         there = ~np.isnan(values[..., place]) if known.counts else count > 0
-        unpacked[..., known.field] = np.where(there, values[..., place], 0.0)
-    with np.errstate(invalid="ignore"):
-        shrink = np.sqrt(np.where(count > 1, count - 1, 0) / np.where(count > 0, count, 1))
-    unpacked[..., layout.STD] *= shrink
+        unpacked[..., known.field] = np.where(there, known.back(values[..., place], count), 0.0)
     return unpacked

@@ -15,7 +15,7 @@ from ..errors import BadType, BadValue, WrongState
 from ..internals import inside, rebind
 from ..layers import Layers, choose, find_routers, parts_of
 from ..observing import Channels, GradientRecorder, Recorder, Weights, observe, site_of
-from ..results import ALWAYS, OPTIONAL
+from ..results import ALWAYS, OPTIONAL, asked_for
 from ..surprise import Codebook, Scorer
 from .with_codebooks import check_codebook, logits_module
 from .wrapped import Wrapped, check_numbers, few
@@ -150,7 +150,7 @@ def _check_stats(stats: Sequence[str]) -> tuple[str, ...]:
             f"any of {', '.join(ALWAYS + OPTIONAL)}",
             f"{', '.join(ALWAYS)} are always there; add {' or '.join(OPTIONAL)} if you want them",
         )
-    return ALWAYS + tuple(name for name in OPTIONAL if name in given)
+    return asked_for(given)
 
 
 def _observed_already(root: nn.Module, roots: list[nn.Module], settings: dict[str, Any]) -> Recorder | None:

@@ -19,24 +19,8 @@ import torch
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from ..layout import (
-    ABS_MEAN,
-    ACTIVE,
-    BASE,
-    CALLS,
-    COUNT,
-    COUNTS,
-    FIELDS,
-    MAX,
-    MEAN,
-    MIN,
-    NONFINITE,
-    ORDER,
-    SEQUENCE,
-    SLOT,
-    STD,
-    ZEROS,
-)
+from ..layout import ABS_MEAN, ACTIVE, COUNT, COUNTS, MAX, MEAN, MIN, NONFINITE, SEQUENCE, SLOT, STD, ZEROS
+from . import sums
 
 #: How the kernel is told what it reads.
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -45,12 +29,13 @@ FLOAT32, BFLOAT16 = KINDS[torch.float32], KINDS[torch.bfloat16]
 TILE = 4096
 #: Below this, squares in float32 lose digits to underflow.
 TINY = np.float32(1e-30)
-HIGH = len(FIELDS)  # where the high parts of the counts begin
 #: A sum may be taken in any order, which is the same one each time; NaN and infinity stay what they are.
 REORDER = {"reassoc", "contract", "nsz"}
 INFINITE, NEGATIVE_INFINITE = np.int32(0x7F800000), np.uint32(0xFF800000)
 MAGNITUDE = np.int32(0x7FFFFFFF)
 LARGEST, SMALLEST = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+
+_load, _join, _store = njit(sums.load), njit(sums.join), njit(sums.store)
 
 
 @intrinsic
@@ -102,7 +87,7 @@ def _extremes(bits: Any) -> Any:
 
 @njit(fastmath=REORDER)
 def _tile(x: Any, bits: Any, count_zeros: bool, row: Any) -> None:
-    """Fields of one tile into `row`, with the sum of squares about the mean for `std` and |x|'s sum for `abs_mean`."""
+    """The sums of one tile into `row`, see `sums`."""
     total = np.float32(0)
     for i in range(x.size):
         total += x[i]
@@ -156,53 +141,6 @@ def _tile_with_care(x: Any, count_zeros: bool, row: Any) -> None:
     row[MEAN], row[STD], row[ABS_MEAN], row[MIN], row[MAX] = mean, squares, absolute, low, high
 
 
-@njit
-def _join(whole: Any, part: Any) -> None:
-    """Add to `whole` the elements of `part`; both hold sums, as `_tile` leaves them."""
-    count = whole[COUNT] + part[COUNT]
-    whole[NONFINITE] += part[NONFINITE]
-    if part[COUNT] > 0:
-        apart = part[MEAN] - whole[MEAN]
-        whole[STD] += part[STD] + apart * apart * (whole[COUNT] * (part[COUNT] / count))
-        whole[MEAN] += apart * (part[COUNT] / count)
-        whole[ABS_MEAN] += part[ABS_MEAN]
-        whole[MIN], whole[MAX] = min(whole[MIN], part[MIN]), max(whole[MAX], part[MAX])
-        whole[ZEROS] += part[ZEROS]
-    whole[COUNT] = count
-
-
-@njit
-def _load(slots: Any, row: Any) -> None:
-    """Slots of the slab as sums."""
-    for field in range(CALLS):
-        row[field] = slots[field]
-    for position, field in enumerate(COUNTS):
-        row[field] += slots[HIGH + position] * BASE
-    row[STD] = row[STD] * row[STD] * row[COUNT]
-    row[ABS_MEAN] *= row[COUNT]
-    if row[COUNT] == 0:
-        row[MIN], row[MAX] = math.inf, -math.inf
-
-
-@njit
-def _store(row: Any, slots: Any, order: int) -> None:
-    """Sums into slots of the slab, one call later."""
-    count = max(row[COUNT], 1.0)
-    row[STD] = math.sqrt(row[STD] / count)
-    row[ABS_MEAN] /= count
-    if row[COUNT] == 0:
-        row[MIN] = row[MAX] = 0.0
-    for position, field in enumerate(COUNTS):
-        high = row[field] // BASE
-        slots[HIGH + position] = high
-        row[field] -= high * BASE
-    for field in range(CALLS):
-        slots[field] = row[field]
-    if slots[CALLS] == 0:
-        slots[ORDER] = order
-    slots[CALLS] += 1
-
-
 _SIGNATURE = types.void(
     types.intp, types.int64, types.int64, types.int64, types.boolean, types.int64, types.float32[:, :, :, ::1],
     types.int64[::1],
@@ -222,7 +160,7 @@ def observe(
         samples: number of samples to tell apart; 0 for none.
         count_zeros: whether the field `zeros` is wanted.
         layer: position in the slab.
-        slab: float32 [capacity + 1, rows, layers, SLOTS].
+        slab: float32 [capacity + 1, rows, layers, fields + COUNTS].
         control: int64 [CONTROL].
     """
     if control[ACTIVE] == 0:
@@ -232,7 +170,8 @@ def observe(
     wide_bits = carray(pointer(address, np.int32), size)
     narrow = carray(pointer(address, np.int16), size)
     buffer = np.empty(TILE if kind != FLOAT32 else 0, np.int32)
-    whole, part = np.empty(CALLS), np.empty(CALLS)
+    fields = slab.shape[3] - len(COUNTS)
+    whole, part = np.empty(fields), np.empty(fields)
     first, count = (1, samples) if samples else (0, 1)
     each = size // max(count, 1)
     for sample in range(count):

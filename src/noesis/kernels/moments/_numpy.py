@@ -11,8 +11,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import layout, rows
-from ..layout import BASE, CALLS, COUNTS, FIELDS, ORDER, SEQUENCE, SLOT
+from .. import rows
+from ..layout import (
+    ABS_MEAN,
+    BASE,
+    CALLS,
+    COUNT,
+    COUNTS,
+    MAX,
+    MEAN,
+    MIN,
+    NONFINITE,
+    ORDER,
+    SEQUENCE,
+    SLOT,
+    STD,
+    ZEROS,
+)
+from . import sums
 from .reference import by_sample, measure_reference, storage_order
 
 #: Elements measured at a time: large enough for the threads, small enough for the cache.
@@ -43,7 +59,7 @@ def observe(
     """Merge the moments of `x` into the slab; `.item()` waits for no device here."""
     order = int(control[SEQUENCE]) + 1
     control[SEQUENCE] = order
-    target = slab[control[SLOT], :, layer]  # [rows, SLOTS]
+    target = slab[control[SLOT], :, layer]  # [rows, fields + COUNTS]
     with np.errstate(over="ignore", invalid="ignore"):  # beyond float32 a row of float64 holds infinity
         if samples:
             _observe_samples(x, samples, count_zeros, target[1 : 1 + samples], order)
@@ -52,19 +68,29 @@ def observe(
 
 
 def _observe_whole(x: Tensor, count_zeros: bool, target: NDArray[np.float32], order: int) -> None:
-    measured = _measure(x, count_zeros)
-    calls = int(target[CALLS])
-    if calls:
-        measured, order = _union(target.tolist(), measured), int(target[ORDER])
-    target[:] = _packed(measured, calls + 1, order)
+    measured = _measure(x, count_zeros, rows.width(target))
+    if not target[CALLS]:
+        target[:] = _slots(measured, order)
+        return
+    held = target.tolist()
+    # Nothing to merge with, or infinities of float64 outputs: arrays keep them as they are.
+    if held[COUNT] and held[MAX] - held[MIN] < math.inf:
+        whole, part = [0.0] * len(measured), [0.0] * len(measured)
+        sums.load(held, whole)
+        sums.load(_slots(measured, order), part)
+        sums.join(whole, part)
+        sums.store(whole, held, order)
+        target[:] = held
+    else:
+        _merge(target[None], [measured], order)
 
 
 def _observe_samples(x: Tensor, samples: int, count_zeros: bool, target: NDArray[np.float32], order: int) -> None:
-    split = by_sample(x, samples)
+    split, fields = by_sample(x, samples), rows.width(target)
     if split.shape[1] < SHORT:
-        measured: Any = measure_reference(split, count_zeros).numpy()
+        measured: Any = measure_reference(split, count_zeros, fields).numpy()
     else:
-        measured = [_measure(storage_order(sample), count_zeros) for sample in split]
+        measured = [_measure(storage_order(sample), count_zeros, fields) for sample in split]
     _merge(target, measured, order)
 
 
@@ -78,44 +104,29 @@ def _merge(target: NDArray[np.float32], measured: Any, order: int) -> None:
     rows.pack(new, target)
 
 
-def _packed(row: tuple[float, ...], calls: int, order: int) -> tuple[float, ...]:
-    """The slots of a row; `rows.pack` for one row, without arrays."""
-    if row[layout.COUNT] < BASE and row[layout.NONFINITE] < BASE:
-        return (*row[:CALLS], calls, order, 0.0, 0.0, 0.0)
-    counts, rest = row[: len(COUNTS)], row[len(COUNTS) : CALLS]
-    return (*(count % BASE for count in counts), *rest, calls, order, *(count // BASE for count in counts))
+def _slots(row: list[float], order: int) -> list[float]:
+    """The slots of a row after its first call; `rows.pack` for one row, without arrays."""
+    slots = row + [0.0] * len(COUNTS)
+    slots[CALLS], slots[ORDER] = 1.0, order
+    if max(row[COUNT], row[NONFINITE]) >= BASE:
+        for position, field in enumerate(COUNTS):
+            slots[len(row) + position], slots[field] = divmod(row[field], BASE)
+    return slots
 
 
-def _union(slots: list[float], row: tuple[float, ...]) -> tuple[float, ...]:
-    """The row of a packed row's elements and another's; `rows.combine` for two, without arrays."""
-    counts = [slots[field] + BASE * slots[len(FIELDS) + position] for position, field in enumerate(COUNTS)]
-    count, nonfinite, zeros = (held + new for held, new in zip(counts, row, strict=False))
-    if row[layout.COUNT] == 0 or counts[0] == 0:
-        filled = slots if row[layout.COUNT] == 0 else row
-        return (count, nonfinite, zeros, *filled[len(COUNTS) : CALLS], 0.0, 0.0)
-    _, _, _, mean, std, absolute, low, high, *_ = slots
-    _, _, _, mean_2, std_2, absolute_2, low_2, high_2, *_ = row
-    w, w_2 = counts[0] / count, row[layout.COUNT] / count
-    whole = w * mean + w_2 * mean_2
-    d, d_2 = mean - whole, mean_2 - whole
-    spread = math.sqrt(w * (std * std + d * d) + w_2 * (std_2 * std_2 + d_2 * d_2))
-    absolute = w * absolute + w_2 * absolute_2
-    return (count, nonfinite, zeros, whole, spread, absolute, min(low, low_2), max(high, high_2), 0.0, 0.0)
-
-
-def _measure(x: Tensor, count_zeros: bool) -> tuple[float, ...]:
+def _measure(x: Tensor, count_zeros: bool, fields: int) -> list[float]:
     """The fields of a whole tensor of any shape whose order of elements does not matter."""
     if 0 < x.numel() <= SMALL:
-        return _measure_small(x.double().numpy().reshape(-1), count_zeros)
+        return _measure_small(x.double().numpy().reshape(-1), count_zeros, fields)
     if x.dim() == 1 and 0 < x.numel() <= BLOCK:
-        return _measure_block(x, count_zeros)
+        return _measure_block(x, count_zeros, fields)
     size = BLOCK_ALONE if torch.get_num_threads() == 1 else BLOCK
-    blocks = [_measure_block(part, count_zeros) for part in _blocks(x, size)]
+    blocks = [_measure_block(part, count_zeros, fields) for part in _blocks(x, size)]
     if len(blocks) == 1:
         return blocks[0]
     if not blocks:
-        return (0.0,) * len(FIELDS)
-    merged: tuple[float, ...] = tuple(rows.combine(np.array(blocks)).tolist())
+        return [0.0] * fields
+    merged: list[float] = rows.combine(np.array(blocks)).tolist()
     return merged
 
 
@@ -129,38 +140,44 @@ def _blocks(x: Tensor, size: int) -> list[Tensor]:
     return [piece for part in x.split(step) for piece in _blocks(part[0] if part.shape[0] == 1 else part, size)]
 
 
-def _measure_small(x: NDArray[np.float64], count_zeros: bool) -> tuple[float, ...]:
+def _measure_small(x: NDArray[np.float64], count_zeros: bool, fields: int) -> list[float]:
     """In float64 by NumPy, whose calls cost half as much as torch's; there all else is overhead."""
+    row, size = [0.0] * fields, x.size
     high, low = float(np.maximum.reduce(x)), float(np.minimum.reduce(x))
     if not (math.isfinite(high) and math.isfinite(low)):
         finite = x[np.isfinite(x)]
-        if finite.size == 0:
-            return (0.0, float(x.size), *(0.0,) * (len(FIELDS) - 2))
-        count, _, *rest = _measure_small(finite, count_zeros)
-        return (count, x.size - count, *rest)
+        if finite.size:
+            row = _measure_small(finite, count_zeros, fields)
+        row[NONFINITE] = size - row[COUNT]
+        return row
+    row[COUNT], row[MIN], row[MAX] = size, low, high
     if low == high:
-        return (float(x.size), 0.0, x.size * float(low == 0), low, 0.0, abs(low), low, high, 0.0, 0.0)
-    mean = float(np.add.reduce(x)) / x.size
+        row[ZEROS], row[MEAN], row[ABS_MEAN] = size * float(low == 0), low, abs(low)
+        return row
+    row[MEAN] = mean = float(np.add.reduce(x)) / size
     centred = x - mean
-    variance = float(centred.dot(centred)) / x.size
-    absolute = abs(mean) if low >= 0 or high <= 0 else float(np.add.reduce(np.absolute(x))) / x.size
-    zeros = float(x.size - np.count_nonzero(x)) if count_zeros else 0.0
-    return (float(x.size), 0.0, zeros, mean, math.sqrt(variance), absolute, low, high, 0.0, 0.0)
+    row[STD] = math.sqrt(float(centred.dot(centred)) / size)
+    row[ABS_MEAN] = abs(mean) if low >= 0 or high <= 0 else float(np.add.reduce(np.absolute(x))) / size
+    if count_zeros:
+        row[ZEROS] = size - np.count_nonzero(x)
+    return row
 
 
-def _measure_block(x: Tensor, count_zeros: bool) -> tuple[float, ...]:
+def _measure_block(x: Tensor, count_zeros: bool, fields: int) -> list[float]:
     if x.dtype not in (torch.float32, torch.float64):
         x = _scratch(1, x).copy_(x)
-    size = x.numel()
+    row, size = [0.0] * fields, x.numel()
     high, low = _extremes(x)  # a NaN anywhere makes both NaN
     if not (math.isfinite(high) and math.isfinite(low)):
         finite = x[x.isfinite()]
-        if finite.numel() == 0:
-            return (0.0, float(size), *(0.0,) * (len(FIELDS) - 2))
-        count, _, *rest = _measure_block(finite, count_zeros)
-        return (count, size - count, *rest)
+        if finite.numel():
+            row = _measure_block(finite, count_zeros, fields)
+        row[NONFINITE] = size - row[COUNT]
+        return row
+    row[COUNT], row[MIN], row[MAX] = size, low, high
     if low == high:
-        return (float(size), 0.0, size * float(low == 0), low, 0.0, abs(low), low, high, 0.0, 0.0)
+        row[ZEROS], row[MEAN], row[ABS_MEAN] = size * float(low == 0), low, abs(low)
+        return row
     total = x.sum().item()
     if low >= 0 or high <= 0:
         absolute, squares = abs(total), _squares(x)
@@ -168,7 +185,7 @@ def _measure_block(x: Tensor, count_zeros: bool) -> tuple[float, ...]:
         magnitude = torch.abs(x, out=_scratch(0, x))
         absolute, squares = magnitude.sum().item(), _squares(magnitude)
     if not (_TINY < squares < math.inf and math.isfinite(total)) and x.dtype != torch.float64:
-        return _measure_block(x.double(), count_zeros)  # the squares leave float32, the values do not
+        return _measure_block(x.double(), count_zeros, fields)  # the squares leave float32, the values do not
     mean = total / size
     variance = squares / size - mean * mean
     # Squares about zero are sums shifted by the pivot 0. That pivot is as good as the mean while
@@ -178,8 +195,10 @@ def _measure_block(x: Tensor, count_zeros: bool) -> tuple[float, ...]:
         shift = centred.sum().item() / size
         variance = max(_squares(centred) / size - shift * shift, 0.0)
         mean += shift
-    zeros = float(size - torch.count_nonzero(x).item()) if count_zeros else 0.0
-    return (float(size), 0.0, zeros, mean, math.sqrt(variance), absolute / size, low, high, 0.0, 0.0)
+    row[MEAN], row[STD], row[ABS_MEAN] = mean, math.sqrt(variance), absolute / size
+    if count_zeros:
+        row[ZEROS] = size - torch.count_nonzero(x).item()
+    return row
 
 
 def _extremes(x: Tensor) -> tuple[float, float]:

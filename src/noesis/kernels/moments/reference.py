@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...errors import BadValue
 from .. import layout, rows
-from ..layout import ACTIVE, CALLS, FIELDS, ORDER, SEQUENCE, SLOT
+from ..layout import ACTIVE, CALLS, ORDER, REQUIRED, SEQUENCE, SLOT
 
 #: Elements measured at a time by the reference, which bounds its scratch memory.
 CHUNK = 1 << 22
@@ -17,23 +17,24 @@ CHUNK = 1 << 22
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def measure_reference(x: Tensor, count_zeros: bool) -> Tensor:
+def measure_reference(x: Tensor, count_zeros: bool, fields: int = REQUIRED) -> Tensor:
     """The rows of the samples of `x` in float64, in plain torch ops without a host sync.
 
     Args:
         x: floating tensor [rows, n], any strides.
         count_zeros: whether the field `zeros` is wanted; it is 0 otherwise.
+        fields: how many of the fields are wanted.
 
     Returns:
-        [rows, FIELDS]; NaN and infinite elements are counted and otherwise left out.
+        [rows, fields]; NaN and infinite elements are counted and otherwise left out.
     """
     step = max(1, CHUNK // max(1, x.shape[0]))
-    parts = [_reference_chunk(part, count_zeros) for part in x.split(step, dim=1)]
+    parts = [_reference_chunk(part, count_zeros, fields) for part in x.split(step, dim=1)]
     return parts[0] if len(parts) == 1 else rows.combine(torch.stack(parts), torch)
 
 
-def _reference_chunk(x: Tensor, count_zeros: bool) -> Tensor:
-    out = torch.zeros(x.shape[0], len(FIELDS), dtype=_wide(x.device), device=x.device)
+def _reference_chunk(x: Tensor, count_zeros: bool, fields: int) -> Tensor:
+    out = torch.zeros(x.shape[0], fields, dtype=_wide(x.device), device=x.device)
     if x.shape[1] == 0:
         return out
     x = x.to(out.dtype)
@@ -64,7 +65,7 @@ def _wide(device: torch.device) -> torch.dtype:
 def observe_reference(x: Tensor, layer: Tensor, samples: int, count_zeros: bool, slab: Tensor, control: Tensor) -> None:
     """Merge the moments of `x` into the slab, decided on the device alone."""
     check_room(samples, slab.shape[1] - 1)
-    new = measure_reference(by_sample(x, samples), count_zeros)
+    new = measure_reference(by_sample(x, samples), count_zeros, rows.width(slab))
     first = 0 if samples == 0 else 1
     slot, layer = control[SLOT].reshape(1), layer.reshape(1)
     row = torch.arange(first, first + new.shape[0], device=slab.device)

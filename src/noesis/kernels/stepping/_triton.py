@@ -11,18 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import layout
+from .. import rows
 from ..launching import Kernel, current_stream, lane
 from ..layout_triton import (
     ABS_MEAN,
     ACTIVE,
+    AVERAGES,
     CALLS,
     COUNT,
     ENABLED,
     EVERY,
     FOLDED,
     FORWARDS,
-    HIGH,
+    HIGHS,
     INFINITY,
     MAX,
     MEAN,
@@ -32,55 +33,32 @@ from ..layout_triton import (
     ORDER,
     SEQUENCE,
     SLOT,
-    SLOTS,
     STD,
     STEP,
     STEPS,
     SUM_MEAN,
     SUM_STD,
-    TOTALS,
     ZEROS,
 )
-
-BASE = tl.constexpr(layout.BASE)
+from ..rows_triton import union, unpack
 
 #: Layers a program takes.
 BLOCK = 128
 
 
 @triton.jit
-def _row(p_row, m):
-    """A packed row in float64, unpacked."""
-    count = tl.load(p_row + COUNT, mask=m, other=0.0).to(tl.float64)
-    nonfinite = tl.load(p_row + NONFINITE, mask=m, other=0.0).to(tl.float64)
-    zeros = tl.load(p_row + ZEROS, mask=m, other=0.0).to(tl.float64)
-    count += tl.load(p_row + HIGH, mask=m, other=0.0).to(tl.float64) * BASE
-    nonfinite += tl.load(p_row + HIGH + 1, mask=m, other=0.0).to(tl.float64) * BASE
-    zeros += tl.load(p_row + HIGH + 2, mask=m, other=0.0).to(tl.float64) * BASE
-    mean = tl.load(p_row + MEAN, mask=m, other=0.0).to(tl.float64)
-    std = tl.load(p_row + STD, mask=m, other=0.0).to(tl.float64)
-    abs_mean = tl.load(p_row + ABS_MEAN, mask=m, other=0.0).to(tl.float64)
-    low = tl.load(p_row + MIN, mask=m, other=0.0).to(tl.float64)
-    high = tl.load(p_row + MAX, mask=m, other=0.0).to(tl.float64)
-    calls = tl.load(p_row + CALLS, mask=m, other=0.0).to(tl.float64)
-    order = tl.load(p_row + ORDER, mask=m, other=0.0).to(tl.float64)
-    return count, nonfinite, zeros, mean, std, abs_mean, low, high, calls, order
+def _row(p_slots, m, FIELDS: tl.constexpr):
+    """What was measured of a packed row, in float64."""
+    count, nonfinite, zeros, mean, std, abs_mean, low, high = unpack(p_slots, m, FIELDS)
+    wide = tl.float64
+    return count, nonfinite, zeros, mean.to(wide), std.to(wide), abs_mean.to(wide), low.to(wide), high.to(wide)
 
 
 @triton.jit
-def _union(n, mean, std, abs_mean, low, high, n2, mean2, std2, abs_mean2, low2, high2):
-    """`rows.combine` for two parts (Chan et al. 1979)."""
-    total = n + n2
-    divisor = tl.where(total > 0, total, 1.0)
-    w = n / divisor
-    w2 = n2 / divisor
-    whole = w * mean + w2 * mean2
-    spread = w * (std * std + (mean - whole) * (mean - whole)) + w2 * (std2 * std2 + (mean2 - whole) * (mean2 - whole))
-    lowest = tl.minimum(tl.where(n > 0, low, INFINITY), tl.where(n2 > 0, low2, INFINITY))
-    highest = tl.maximum(tl.where(n > 0, high, -INFINITY), tl.where(n2 > 0, high2, -INFINITY))
-    lowest = tl.where(total > 0, lowest, 0.0)
-    highest = tl.where(total > 0, highest, 0.0)
-    return total, whole, tl.sqrt(spread), w * abs_mean + w2 * abs_mean2, lowest, highest
+def _calls(p_row, m):
+    """Calls, and the place of the first in the order of execution."""
+    calls = tl.load(p_row + CALLS, mask=m, other=0.0).to(tl.float64)
+    return calls, tl.load(p_row + ORDER, mask=m, other=0.0).to(tl.float64)
 
 
 @triton.jit
@@ -91,57 +69,64 @@ def _first(calls, order, calls2, order2):
 
 
 @triton.jit
-def _fold(p_total, m, count, nonfinite, zeros, mean, std, abs_mean, low, high, calls, order):
+def _fold(p_total, m, count, nonfinite, zeros, mean, std, abs_mean, low, high, calls, order, FIELDS: tl.constexpr):
     """Add a step's row to the totals; `stepping.add_steps`."""
+    p_averages = p_total + FIELDS + AVERAGES
     old_calls = tl.load(p_total + CALLS, mask=m, other=0.0)
-    total, whole, spread, whole_abs, lowest, highest = _union(
-        tl.load(p_total + COUNT, mask=m, other=0.0),
+    first = _first(old_calls, tl.load(p_total + ORDER, mask=m, other=0.0), calls, order)
+    steps = tl.load(p_averages + STEPS, mask=m, other=0.0) + tl.where(count > 0, 1.0, 0.0)
+    sum_mean = tl.load(p_averages + SUM_MEAN, mask=m, other=0.0) + mean
+    size = count.to(tl.float64)
+    sample_std = std * tl.sqrt(size / tl.where(count > 1, size - 1, 1.0))
+    sum_std = tl.load(p_averages + SUM_STD, mask=m, other=0.0) + sample_std
+    count, nonfinite, zeros, mean, std, abs_mean, low, high = union(
+        tl.load(p_total + COUNT, mask=m, other=0.0).to(tl.int64),
+        tl.load(p_total + NONFINITE, mask=m, other=0.0).to(tl.int64),
+        tl.load(p_total + ZEROS, mask=m, other=0.0).to(tl.int64),
         tl.load(p_total + MEAN, mask=m, other=0.0),
         tl.load(p_total + STD, mask=m, other=0.0),
         tl.load(p_total + ABS_MEAN, mask=m, other=0.0),
         tl.load(p_total + MIN, mask=m, other=0.0),
         tl.load(p_total + MAX, mask=m, other=0.0),
-        count, mean, std, abs_mean, low, high,
+        count, nonfinite, zeros, mean, std, abs_mean, low, high,
     )  # fmt: skip
-    first = _first(old_calls, tl.load(p_total + ORDER, mask=m, other=0.0), calls, order)
-    tl.store(p_total + COUNT, total, mask=m)
-    tl.store(p_total + NONFINITE, tl.load(p_total + NONFINITE, mask=m, other=0.0) + nonfinite, mask=m)
-    tl.store(p_total + ZEROS, tl.load(p_total + ZEROS, mask=m, other=0.0) + zeros, mask=m)
-    tl.store(p_total + MEAN, whole, mask=m)
-    tl.store(p_total + STD, spread, mask=m)
-    tl.store(p_total + ABS_MEAN, whole_abs, mask=m)
-    tl.store(p_total + MIN, lowest, mask=m)
-    tl.store(p_total + MAX, highest, mask=m)
+    tl.store(p_total + COUNT, count.to(tl.float64), mask=m)
+    tl.store(p_total + NONFINITE, nonfinite.to(tl.float64), mask=m)
+    tl.store(p_total + ZEROS, zeros.to(tl.float64), mask=m)
+    tl.store(p_total + MEAN, mean, mask=m)
+    tl.store(p_total + STD, std, mask=m)
+    tl.store(p_total + ABS_MEAN, abs_mean, mask=m)
+    tl.store(p_total + MIN, low, mask=m)
+    tl.store(p_total + MAX, high, mask=m)
     tl.store(p_total + CALLS, old_calls + calls, mask=m)
     tl.store(p_total + ORDER, first, mask=m)
-    sample = std * tl.sqrt(count / tl.where(count > 1, count - 1, 1.0))
-    steps = tl.load(p_total + STEPS, mask=m, other=0.0) + tl.where(count > 0, 1.0, 0.0)
-    tl.store(p_total + STEPS, steps, mask=m)
-    tl.store(p_total + SUM_MEAN, tl.load(p_total + SUM_MEAN, mask=m, other=0.0) + mean, mask=m)
-    tl.store(p_total + SUM_STD, tl.load(p_total + SUM_STD, mask=m, other=0.0) + sample, mask=m)
+    tl.store(p_averages + STEPS, steps, mask=m)
+    tl.store(p_averages + SUM_MEAN, sum_mean, mask=m)
+    tl.store(p_averages + SUM_STD, sum_std, mask=m)
 
 
 @triton.jit
-def _fold_step(p_step, p_totals, o_layer, m, room, layers):
+def _fold_step(p_step, p_totals, o_layer, m, room, layers, FIELDS: tl.constexpr):
     """Add the rows of a step to the totals: row 0, the remainder, becomes the whole of all rows."""
-    p_row = p_step + o_layer * SLOTS
-    count, nonfinite, zeros, mean, std, abs_mean, low, high, calls, order = _row(p_row, m)
+    p_row = p_step + o_layer * (FIELDS + HIGHS)
+    count, nonfinite, zeros, mean, std, abs_mean, low, high = _row(p_row, m, FIELDS)
+    calls, order = _calls(p_row, m)
     most = tl.zeros_like(calls)
     for r in range(1, room):
-        p_row = p_step + (r * layers + o_layer) * SLOTS
-        count2, nonfinite2, zeros2, mean2, std2, abs_mean2, low2, high2, calls2, order2 = _row(p_row, m)
-        p_total = p_totals + (r * layers + o_layer) * TOTALS
-        _fold(p_total, m, count2, nonfinite2, zeros2, mean2, std2, abs_mean2, low2, high2, calls2, order2)
+        p_row = p_step + (r * layers + o_layer) * (FIELDS + HIGHS)
+        count2, nonfinite2, zeros2, mean2, std2, abs_mean2, low2, high2 = _row(p_row, m, FIELDS)
+        calls2, order2 = _calls(p_row, m)
+        p_total = p_totals + (r * layers + o_layer) * (FIELDS + AVERAGES)
+        _fold(p_total, m, count2, nonfinite2, zeros2, mean2, std2, abs_mean2, low2, high2, calls2, order2, FIELDS)
         # One call fills a row per sample, or the remainder: not as many calls as rows.
         order = _first(calls + most, order, calls2, order2)
         most = tl.maximum(most, calls2)
-        nonfinite += nonfinite2
-        zeros += zeros2
-        count, mean, std, abs_mean, low, high = _union(
-            count, mean, std, abs_mean, low, high, count2, mean2, std2, abs_mean2, low2, high2
-        )
-    p_total = p_totals + o_layer * TOTALS
-    _fold(p_total, m, count, nonfinite, zeros, mean, std, abs_mean, low, high, calls + most, order)
+        count, nonfinite, zeros, mean, std, abs_mean, low, high = union(
+            count, nonfinite, zeros, mean, std, abs_mean, low, high,
+            count2, nonfinite2, zeros2, mean2, std2, abs_mean2, low2, high2,
+        )  # fmt: skip
+    p_total = p_totals + o_layer * (FIELDS + AVERAGES)
+    _fold(p_total, m, count, nonfinite, zeros, mean, std, abs_mean, low, high, calls + most, order, FIELDS)
 
 
 @triton.jit(do_not_specialize=["p_timestep", "branch", "batch", "lane", "stride_lane", "capacity", "room", "layers"])
@@ -160,6 +145,7 @@ def begin_kernel(
     room: tl.int64,
     layers: tl.int64,
     BLOCK: tl.constexpr,
+    FIELDS: tl.constexpr,  # of a row
 ):
     """Start a step; `stepping.begin_reference`."""
     forwards = tl.load(p_control + FORWARDS)
@@ -174,14 +160,14 @@ def begin_kernel(
 
     o_layer = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o_layer < layers
-    p_slot = p_slab + slot * room * layers * SLOTS
-    p_pending = p_slab + capacity * room * layers * SLOTS
+    p_slot = p_slab + slot * room * layers * (FIELDS + HIGHS)
+    p_pending = p_slab + capacity * room * layers * (FIELDS + HIGHS)
     if full:
-        _fold_step(p_slot, p_totals, o_layer, m, room, layers)
+        _fold_step(p_slot, p_totals, o_layer, m, room, layers, FIELDS)
     if active | (enabled & outside):
         for r in range(room):
-            o_row = (r * layers + o_layer) * SLOTS
-            for k in tl.static_range(SLOTS):
+            o_row = (r * layers + o_layer) * (FIELDS + HIGHS)
+            for k in tl.static_range(FIELDS + HIGHS):
                 value = tl.load(p_pending + o_row + k, mask=m & outside, other=0.0)
                 tl.store(p_slot + o_row + k, value, mask=m & active)
                 tl.store(p_pending + o_row + k, 0.0, mask=m & outside)
@@ -232,14 +218,15 @@ def begin_triton(
     device = control.device
     stream = current_stream(device)
     _, room, layers, _ = slab.shape
+    fields = rows.width(slab)
     blocks = -(-layers // BLOCK)
     _BEGIN.launch(
         device,
         stream,
-        (timestep.dtype,),
+        (timestep.dtype, fields),
         (blocks, 1),
         (timestep, slab, totals, steps, control, scratch),
-        (branch, batch, lane(device, stream), scratch.stride(0), steps.shape[0], room, layers, BLOCK),
+        (branch, batch, lane(device, stream), scratch.stride(0), steps.shape[0], room, layers, BLOCK, fields),
     )
 
 

@@ -9,7 +9,8 @@ State of a bank, all on one device and only ever changed in place:
 | `steps` | float64 [capacity, STEP] | what is known of each step |
 | `control` | int64 [CONTROL] | cursor and flags |
 
-`rows` is 1, or 1 + samples: row 0 holds what cannot be told apart by sample.
+`rows` is 1, or 1 + samples: row 0 holds what cannot be told apart by sample. SLOTS and TOTALS follow from the number of
+fields of a row, see `layout`.
 """
 
 from __future__ import annotations

@@ -12,12 +12,12 @@ from torch import Tensor
 from .. import rows
 from ..layout import (
     ACTIVE,
+    AVERAGES,
     BRANCH,
     CALLS,
     COUNT,
     ENABLED,
     EVERY,
-    FIELDS,
     FOLDED,
     FORWARDS,
     MEAN,
@@ -36,16 +36,16 @@ from ..layout import (
 def merge_totals(parts: Any, xp: Any = np) -> Any:
     """The totals of several disjoint sets of steps, from theirs [K, rows, layers, TOTALS]."""
     merged = xp.zeros_like(parts[0])
-    merged[..., : len(FIELDS)] = rows.combine(parts[..., : len(FIELDS)], xp)
-    merged[..., len(FIELDS) :] = parts[..., len(FIELDS) :].sum(0)
+    merged[..., :-AVERAGES] = rows.combine(parts[..., :-AVERAGES], xp)
+    merged[..., -AVERAGES:] = parts[..., -AVERAGES:].sum(0)
     return merged
 
 
 def add_steps(totals: Any, steps: Any, xp: Any = np) -> Any:
-    """Totals [rows, layers, TOTALS] with more steps [K, rows, layers, FIELDS]; their row 0 becomes the whole."""
+    """Totals [rows, layers, TOTALS] with more steps [K, rows, layers, fields]; their row 0 becomes the whole."""
     steps = with_whole(steps.swapaxes(0, 1), xp).swapaxes(0, 1)
     alone = xp.zeros_like(totals) + xp.zeros_like(steps[..., :1])
-    alone[..., : len(FIELDS)] = steps
+    alone[..., :-AVERAGES] = steps
     alone[..., STEPS] = steps[..., COUNT] > 0
     alone[..., SUM_MEAN] = steps[..., MEAN]
     alone[..., SUM_STD] = rows.sample_std(steps[..., STD], steps[..., COUNT], xp)
@@ -53,7 +53,7 @@ def add_steps(totals: Any, steps: Any, xp: Any = np) -> Any:
 
 
 def with_whole(step: Any, xp: Any = np) -> Any:
-    """Rows [rows, ..., layers, FIELDS] with the remainder in row 0 replaced, in place, by the whole of all rows."""
+    """Rows [rows, ..., layers, fields] with the remainder in row 0 replaced, in place, by the whole of all rows."""
     # One call fills a row per sample, or the remainder: not as many calls as rows.
     calls = step[0, ..., CALLS] + (xp.amax(step[1:, ..., CALLS], 0) if len(step) > 1 else 0)
     step[0] = rows.combine(step, xp)
@@ -80,7 +80,7 @@ def begin_reference(
     control[SEQUENCE] *= torch.where(enabled, outside, True)
     # The step starts from what was called since the last one ended.
     current, pending = slab[slot], slab[capacity:]
-    oldest = rows.unpack(current, torch.zeros_like(totals[None, ..., : len(FIELDS)]))
+    oldest = rows.unpack(current, torch.zeros_like(totals[None, ..., :-AVERAGES]))
     totals.copy_(torch.where(full, add_steps(totals, oldest, torch), totals))
     slab[slot] = torch.where(active, pending, current)
     pending.mul_(~enabled)
@@ -112,7 +112,7 @@ def begin_cpu(
     if active and observed - folded >= capacity:
         held = slab[[step % capacity for step in range(folded, folded + fold)]]
         with np.errstate(over="ignore", invalid="ignore"):  # rows of float64 outputs may hold infinities
-            totals[...] = add_steps(totals, rows.unpack(held, np.zeros((*held.shape[:-1], len(FIELDS)))))
+            totals[...] = add_steps(totals, rows.unpack(held, np.zeros((*held.shape[:-1], rows.width(held)))))
         control[FOLDED] = folded + fold
     control[FORWARDS] = forwards + 1
     control[OBSERVED] = observed + active
