@@ -53,9 +53,12 @@ class State:
         every: int = 1,
         fold: int = 1,
         device: torch.device | str = "cpu",
+        fields: int = layout.REQUIRED,
     ) -> None:
-        self.slab = torch.zeros(capacity + 1, 1 + samples, layers, layout.SLOTS, device=device)
-        self.totals = torch.zeros(1 + samples, layers, layout.TOTALS, dtype=torch.float64, device=device)
+        self.fields = fields
+        slots, totals = fields + len(layout.COUNTS), fields + layout.AVERAGES
+        self.slab = torch.zeros(capacity + 1, 1 + samples, layers, slots, device=device)
+        self.totals = torch.zeros(1 + samples, layers, totals, dtype=torch.float64, device=device)
         self.steps = torch.zeros(capacity, layout.STEP, dtype=torch.float64, device=device)
         self.control = torch.zeros(layout.CONTROL, dtype=torch.int64, device=device)
         self.control[layout.EVERY] = every
@@ -70,7 +73,7 @@ class State:
     def scratch(self) -> torch.Tensor:
         from noesis.kernels.moments._triton import scratch
 
-        return scratch(self.slab.device)
+        return scratch(self.slab.device, self.fields)
 
 
 def play(state: State, path: str, samples: int = 0) -> None:

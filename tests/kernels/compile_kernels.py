@@ -60,7 +60,7 @@ def build(kernel: Any, arch: int, constants: dict[str, Any], pointers: dict[str,
     }  # fmt: skip
 
 
-def moments(arch: int, dtype: str, **flags: bool) -> dict[str, int]:
+def moments(arch: int, dtype: str, **flags: int) -> dict[str, int]:
     """A variant of the moments kernel."""
     tile = moments_triton.TILE_BYTES // SIZES[dtype] // (1 if flags.get("DENSE", True) else 4)
     constants = {
@@ -74,10 +74,12 @@ def main() -> None:
     """Compile every kind of variant once."""
     arch = int(sys.argv[1])
     report = {f"moments {dtype}": moments(arch, dtype) for dtype in SIZES}
-    for flags in ({"SOLO": True}, {"DENSE": False}, {"EVEN": False}, {"BY_SAMPLE": True}, {"COUNT_ZEROS": True}):
+    every = {"FIELDS": len(layout.FIELDS)}
+    for flags in ({"SOLO": True}, {"DENSE": False}, {"EVEN": False}, {"BY_SAMPLE": True}, {"COUNT_ZEROS": True}, every):
         report[f"moments fp16 {flags}"] = moments(arch, "fp16", **flags)
-    steps = {"BLOCK": stepping_triton.BLOCK, "FIELDS": layout.REQUIRED}
-    report["begin"] = build(stepping_triton._BEGIN, arch, steps, POINTERS)
+    for fields in (layout.REQUIRED, len(layout.FIELDS)):
+        steps = {"BLOCK": stepping_triton.BLOCK, "FIELDS": fields}
+        report[f"begin {fields} fields"] = build(stepping_triton._BEGIN, arch, steps, POINTERS)
     for name, tile in (("last", pooling_triton.CHANNELS_LAST), ("first", pooling_triton.CHANNELS_FIRST)):
         constants = {"POSITIONS": tile[0], "CHANNELS": tile[1], "SPREAD": True}
         pointers = {"p_x": "*fp16", "p_buffer": "*fp32", "p_stamp": "*i64", "p_control": "*i64"}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-#: A row, as float64 fields.
-FIELDS = ("count", "nonfinite", "zeros", "mean", "std", "abs_mean", "min", "max", "calls", "order")
-COUNT, NONFINITE, ZEROS, MEAN, STD, ABS_MEAN, MIN, MAX, CALLS, ORDER = range(len(FIELDS))
-
-#: How many fields a row has at least; it has more where a statistic needs them, see `results.statistics`.
-REQUIRED = len(FIELDS)
+#: A row, as float64 fields. `skewness` and `kurtosis` are the third and fourth moments about the mean, over those
+#: powers of `std`: they fit float32 however large the elements are. Both are 0 where all elements are equal.
+FIELDS = (
+    *("count", "nonfinite", "zeros", "mean", "std", "abs_mean", "min", "max", "calls", "order"),
+    *("skewness", "kurtosis"),
+)
+COUNT, NONFINITE, ZEROS, MEAN, STD, ABS_MEAN, MIN, MAX, CALLS, ORDER, SKEWNESS, KURTOSIS = range(len(FIELDS))
+#: How many fields a row has at least; it has all where a statistic needs them, see `results.statistics`.
+REQUIRED = SKEWNESS
 
 #: A row packed as float32 slots: a count takes two, and the high parts, in units of `BASE`, come last.
 COUNTS = (COUNT, NONFINITE, ZEROS)

@@ -10,6 +10,7 @@ COUNT, NONFINITE, ZEROS = (tl.constexpr(field) for field in layout.COUNTS)
 MEAN, STD, ABS_MEAN = tl.constexpr(layout.MEAN), tl.constexpr(layout.STD), tl.constexpr(layout.ABS_MEAN)
 MIN, MAX = tl.constexpr(layout.MIN), tl.constexpr(layout.MAX)
 CALLS, ORDER = tl.constexpr(layout.CALLS), tl.constexpr(layout.ORDER)
+SKEWNESS, KURTOSIS = tl.constexpr(layout.SKEWNESS), tl.constexpr(layout.KURTOSIS)
 REQUIRED = tl.constexpr(layout.REQUIRED)
 #: After the fields of a row: high parts of counts in slots, averages in totals.
 HIGHS, AVERAGES = tl.constexpr(len(layout.COUNTS)), tl.constexpr(layout.AVERAGES)

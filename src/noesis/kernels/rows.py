@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .layout import ABS_MEAN, BASE, CALLS, COUNT, COUNTS, MAX, MEAN, MIN, ORDER, STD
+from .layout import ABS_MEAN, BASE, CALLS, COUNT, COUNTS, KURTOSIS, MAX, MEAN, MIN, ORDER, REQUIRED, SKEWNESS, STD
 
 
 def pack(rows: Any, slots: Any) -> Any:
@@ -50,8 +50,9 @@ def combine(parts: Any, xp: Any = np) -> Any:
     Returns:
         [..., fields], exact up to rounding for any split into parts.
 
-    Source: Chan, Golub, LeVeque 1979, "Updating formulae and a pairwise algorithm for computing
-    sample variances", in its form for K parts.
+    Sources, in their form for K parts: Chan, Golub, LeVeque 1979, "Updating formulae and a pairwise
+    algorithm for computing sample variances"; for the third and fourth moments Pébay 2008, "Formulas
+    for robust, one-pass parallel computation of covariances and arbitrary-order statistical moments".
 
     Example:
         >>> import numpy as np
@@ -81,7 +82,21 @@ def combine(parts: Any, xp: Any = np) -> Any:
     ran = parts[..., CALLS] > 0
     first = xp.amin(xp.where(ran, parts[..., ORDER], np.inf), 0)
     whole[..., ORDER] = xp.where(whole[..., CALLS] > 0, first, 0.0)
+    if parts.shape[-1] > REQUIRED:
+        whole[..., SKEWNESS], whole[..., KURTOSIS] = _shape(weight, parts, whole, xp)
     return whole
+
+
+def _shape(weight: Any, parts: Any, whole: Any, xp: Any) -> tuple[Any, Any]:
+    """Skewness and kurtosis of the union, from what else is known of it; relative to its std nothing overflows."""
+    varies = (whole[..., MAX] > whole[..., MIN]) & (whole[..., STD] > 0)
+    unit = xp.where(varies, whole[..., STD], 1.0)
+    std = parts[..., STD] / unit
+    apart = xp.where(weight > 0, parts[..., MEAN] - whole[..., MEAN], 0.0) / unit
+    third, fourth = parts[..., SKEWNESS] * std**3, parts[..., KURTOSIS] * std**4
+    skewness = weight * (third + 3 * apart * std**2 + apart**3)
+    kurtosis = weight * (fourth + 4 * apart * third + 6 * apart**2 * std**2 + apart**4)
+    return xp.where(varies, skewness.sum(0), 0.0), xp.where(varies, kurtosis.sum(0), 0.0)
 
 
 def sample_std(std: Any, count: Any, xp: Any = np) -> Any:

@@ -52,7 +52,7 @@ class Bank:
             self.totals = torch.zeros(1 + samples, layers, fields + AVERAGES, dtype=wide, device=device)
             self.steps = torch.zeros(capacity, STEP, dtype=wide, device=device)
             self.control = torch.zeros(CONTROL, dtype=torch.int64, device=device)
-            self.scratch = scratch(device)
+            self.scratch = scratch(device, fields)
             self.no_timestep = torch.full((), torch.nan, dtype=wide, device=device)
             self.control[EVERY] = every
             self.control[FOLD] = self._fold() if device.type == "cpu" else 1  # other kernels add one step at a time

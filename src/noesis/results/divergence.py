@@ -10,6 +10,7 @@ import numpy as np
 from ..numerics import Floats, Ints
 from .common_steps import common_steps
 from .runs import Recorded, Stepwise
+from .statistics import SCALE_FREE
 
 #: Standard deviations that two runs may be apart unless asked otherwise: some eighty times what float32 resolves.
 TOLERANCE = 1e-5
@@ -44,7 +45,8 @@ def first_divergence(a: Recorded, b: Recorded, tolerance: float | None = None) -
 
     Counts of elements, of non-finite elements and of calls have to be equal. The mean, std, abs_mean and rms of a layer
     may be `tolerance` standard deviations apart (of its size, for a constant layer); extremes, which are single
-    elements, three times that, of their own size and a standard deviation; as many zeros three times that share.
+    elements, three times that, of their own size and a standard deviation; as many zeros three times that share;
+    skewness and kurtosis, which have no unit, that share of themselves and 1.
 
     Args:
         a: a trace.
@@ -118,6 +120,8 @@ def _most(stat: str, one: dict[str, Floats], other: dict[str, Floats], base: flo
             found = SINGLE * widest * one["count"] + (2 if rounding >= base else 0)  # an element or two of few
         elif stat in ("min", "max"):
             found = SINGLE * widest * (spread + largest)
+        elif stat in SCALE_FREE:
+            found = widest * (1 + largest)
         else:
             size = np.maximum(np.hypot(one["mean"], one["std"]), np.hypot(other["mean"], other["std"]))
             found = np.maximum(base * np.where(spread > 0, spread, largest), rounding * size)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..kernels import layout, rows
 from ..numerics import Floats
@@ -21,6 +22,8 @@ class Statistic(NamedTuple):
         back: from it, and the number of elements, to that field.
         counts: whether it is a number of elements: exact, 0 where a layer did not run, added up over layers.
         optional: whether it has to be asked for.
+        needs: other statistics that come with it, without which it cannot be merged.
+        scale_free: whether it stays as it is where all elements are scaled.
     """
 
     name: str
@@ -29,6 +32,8 @@ class Statistic(NamedTuple):
     back: Callable[[Floats, Floats], Floats] = lambda values, count: values
     counts: bool = False
     optional: bool = False
+    needs: tuple[str, ...] = ()
+    scale_free: bool = False
 
 
 def _of_field(name: str, *, counts: bool = False, optional: bool = False) -> Statistic:
@@ -50,6 +55,23 @@ def _rms(row: Floats) -> Floats:
     return np.hypot(row[..., layout.MEAN], row[..., layout.STD])
 
 
+def _skewness(row: Floats) -> Floats:
+    return np.where(_differ(row), row[..., layout.SKEWNESS], np.nan)
+
+
+def _kurtosis(row: Floats) -> Floats:
+    return np.where(_differ(row), row[..., layout.KURTOSIS] - 3, np.nan)
+
+
+def _differ(row: Floats) -> NDArray[np.bool_]:
+    """Whether elements differ; where they do, the fourth moment over the squared variance is at least 1."""
+    return row[..., layout.KURTOSIS] > 0
+
+
+def _or_zero(values: Floats) -> Floats:
+    return np.where(np.isnan(values), 0.0, values)
+
+
 #: In the order of a trace's last axis.
 TABLE = (
     _of_field("count", counts=True),
@@ -61,16 +83,26 @@ TABLE = (
     _of_field("nonfinite", counts=True),
     _of_field("zeros", counts=True, optional=True),
     Statistic("rms", _rms, None, optional=True),
-)
+    Statistic(
+        *("skewness", _skewness, layout.SKEWNESS, lambda skewness, _: _or_zero(skewness)),
+        optional=True, needs=("kurtosis",), scale_free=True,
+    ),
+    Statistic(
+        *("kurtosis", _kurtosis, layout.KURTOSIS, lambda excess, _: _or_zero(excess + 3)),
+        optional=True, needs=("skewness",), scale_free=True,
+    ),
+)  # fmt: skip
 ALWAYS = tuple(each.name for each in TABLE if not each.optional)
 OPTIONAL = tuple(each.name for each in TABLE if each.optional)
 COUNTS = tuple(each.name for each in TABLE if each.counts)
+SCALE_FREE = tuple(each.name for each in TABLE if each.scale_free)
 _BY_NAME = {each.name: each for each in TABLE}
 
 
 def asked_for(names: Collection[str]) -> tuple[str, ...]:
-    """The statistics of a trace, in their order, where these were asked for."""
-    return tuple(each.name for each in TABLE if not each.optional or each.name in names)
+    """The statistics of a trace, in their order, where these were asked for; some come with others."""
+    wanted = {*names, *(need for name in names for need in _BY_NAME[name].needs)}
+    return tuple(each.name for each in TABLE if not each.optional or each.name in wanted)
 
 
 def fields_for(stats: Collection[str]) -> int:
@@ -101,4 +133,7 @@ def fields_of(values: Floats, stats: tuple[str, ...]) -> Floats:
         # Of a layer without one finite number, that is counted and nothing else is known.
         there = ~np.isnan(values[..., place]) if known.counts else count > 0
         unpacked[..., known.field] = np.where(there, known.back(values[..., place], count), 0.0)
+        for need in known.needs:
+            if need not in stats:  # so that the whole of several rows is not known either
+                unpacked[..., _BY_NAME[need].field] = np.nan
     return unpacked

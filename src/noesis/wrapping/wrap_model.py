@@ -51,7 +51,8 @@ def wrap(
             `(name, module) -> bool`, or a list of these. `"blocks:text"` and the like mean another stream that
             layers return, of which each has a row of its own.
         stats: beside count, mean, std, abs_mean, min, max and nonfinite, which are always there,
-            any of `"zeros"` (number of zero elements) and `"rms"` (root mean square).
+            any of `"zeros"` (number of zero elements), `"rms"` (root mean square), and `"kurtosis"` (in excess of the
+            normal distribution's; NaN where elements do not differ) with `"skewness"`, which come together.
         per_sample: keep a row per batch element too. An int is the largest batch there will be,
             which compiled code has to know; eager code makes room as needed.
         every: observe every n-th forward; `wrapped.every` changes it later.

@@ -19,7 +19,26 @@ import torch
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from ..layout import ABS_MEAN, ACTIVE, COUNT, COUNTS, MAX, MEAN, MIN, NONFINITE, SEQUENCE, SLOT, STD, ZEROS
+from ..layout import (
+    ABS_MEAN,
+    ACTIVE,
+    BASE,
+    CALLS,
+    COUNT,
+    COUNTS,
+    KURTOSIS,
+    MAX,
+    MEAN,
+    MIN,
+    NONFINITE,
+    ORDER,
+    REQUIRED,
+    SEQUENCE,
+    SKEWNESS,
+    SLOT,
+    STD,
+    ZEROS,
+)
 from . import sums
 
 #: How the kernel is told what it reads.
@@ -35,7 +54,7 @@ INFINITE, NEGATIVE_INFINITE = np.int32(0x7F800000), np.uint32(0xFF800000)
 MAGNITUDE = np.int32(0x7FFFFFFF)
 LARGEST, SMALLEST = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
 
-_load, _join, _store = njit(sums.load), njit(sums.join), njit(sums.store)
+_to_sums, _to_fields, _join = njit(sums.to_sums), njit(sums.to_fields), njit(sums.join)
 
 
 @intrinsic
@@ -87,7 +106,7 @@ def _extremes(bits: Any) -> Any:
 
 @njit(fastmath=REORDER)
 def _tile(x: Any, bits: Any, count_zeros: bool, row: Any) -> None:
-    """The sums of one tile into `row`, see `sums`."""
+    """The sums of one tile into `row`, see `sums`, but for third and fourth powers."""
     total = np.float32(0)
     for i in range(x.size):
         total += x[i]
@@ -108,8 +127,7 @@ def _tile(x: Any, bits: Any, count_zeros: bool, row: Any) -> None:
         _tile_with_care(x, count_zeros, row)
         return
     row[COUNT], row[NONFINITE], row[ZEROS] = x.size, 0, zeros
-    extremes = np.array([low, high], np.int32).view(np.float32)
-    row[MIN], row[MAX] = extremes[0], extremes[1]
+    row[MIN], row[MAX] = np.int32(low).view(np.float32), np.int32(high).view(np.float32)
     if low == high:
         row[MEAN], row[STD], row[ABS_MEAN] = row[MIN], 0.0, abs(row[MIN]) * x.size
         return
@@ -117,6 +135,21 @@ def _tile(x: Any, bits: Any, count_zeros: bool, row: Any) -> None:
     row[MEAN] = np.float64(mean) + correction
     row[STD] = max(np.float64(squares) - np.float64(shift) * correction, 0.0)
     row[ABS_MEAN] = absolute
+
+
+@njit(fastmath=REORDER)
+def _shape(x: Any, row: Any) -> None:
+    """Sums of the third and fourth powers about the mean of a tile, in float64, which holds them."""
+    mean, second, third, fourth = row[MEAN], 0.0, 0.0, 0.0
+    for i in range(x.size):
+        centred = np.float64(x[i]) - mean if math.isfinite(x[i]) else 0.0
+        square = centred * centred
+        second += square
+        third += square * centred
+        fourth += square * square
+    # In proportion to the sum of squares that is there, which may have been summed in float32.
+    ratio = row[STD] / second if second > 0 else 0.0
+    row[SKEWNESS], row[KURTOSIS] = third * ratio * math.sqrt(ratio), fourth * ratio * ratio
 
 
 @njit
@@ -139,6 +172,38 @@ def _tile_with_care(x: Any, count_zeros: bool, row: Any) -> None:
             squares += (value - mean) ** 2
     row[COUNT], row[NONFINITE], row[ZEROS] = count, x.size - count, zeros if count_zeros else 0
     row[MEAN], row[STD], row[ABS_MEAN], row[MIN], row[MAX] = mean, squares, absolute, low, high
+
+
+@njit
+def _sums(x: Any, bits: Any, count_zeros: bool, row: Any) -> None:
+    """The sums of one tile into `row`."""
+    _tile(x, bits, count_zeros, row)
+    if row.size > REQUIRED:
+        _shape(x, row)
+
+
+@njit
+def _load(slots: Any, row: Any) -> None:
+    """Slots of the slab as sums; `rows.unpack`."""
+    for field in range(row.size):
+        row[field] = slots[field]
+    for position, field in enumerate(COUNTS):
+        row[field] += slots[row.size + position] * BASE
+    _to_sums(row)
+
+
+@njit
+def _store(row: Any, slots: Any, order: int) -> None:
+    """Sums into slots of the slab, one call later; `rows.pack`."""
+    _to_fields(row)
+    row[ORDER] = row[ORDER] if row[CALLS] > 0 else order
+    row[CALLS] += 1
+    for position, field in enumerate(COUNTS):
+        high = row[field] // BASE
+        slots[row.size + position] = high
+        row[field] -= high * BASE
+    for field in range(row.size):
+        slots[field] = row[field]
 
 
 _SIGNATURE = types.void(
@@ -171,7 +236,8 @@ def observe(
     narrow = carray(pointer(address, np.int16), size)
     buffer = np.empty(TILE if kind != FLOAT32 else 0, np.int32)
     fields = slab.shape[3] - len(COUNTS)
-    whole, part = np.empty(fields), np.empty(fields)
+    pair = np.empty((2, fields))
+    whole, part = pair[0], pair[1]
     first, count = (1, samples) if samples else (0, 1)
     each = size // max(count, 1)
     for sample in range(count):
@@ -180,10 +246,10 @@ def observe(
         for start in range(sample * each, (sample + 1) * each, TILE):
             stop = min((sample + 1) * each, start + TILE)
             if kind == FLOAT32:
-                _tile(wide[start:stop], wide_bits[start:stop], count_zeros, part)
+                _sums(wide[start:stop], wide_bits[start:stop], count_zeros, part)
             else:
                 bits = buffer[: stop - start]
                 _widen(narrow[start:stop], kind, bits)
-                _tile(bits.view(np.float32), bits, count_zeros, part)
+                _sums(bits.view(np.float32), bits, count_zeros, part)
             _join(whole, part)
         _store(whole, slots, control[SEQUENCE])

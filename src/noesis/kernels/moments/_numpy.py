@@ -18,12 +18,15 @@ from ..layout import (
     CALLS,
     COUNT,
     COUNTS,
+    KURTOSIS,
     MAX,
     MEAN,
     MIN,
     NONFINITE,
     ORDER,
+    REQUIRED,
     SEQUENCE,
+    SKEWNESS,
     SLOT,
     STD,
     ZEROS,
@@ -45,6 +48,7 @@ SMALL = 1 << 12
 SHORT = 1 << 12
 #: Below this, squares in float32 lose digits to underflow.
 _TINY = 1e-30
+_NO_HIGHS = [0.0] * len(COUNTS)
 _BUFFERS = threading.local()
 
 
@@ -68,21 +72,26 @@ def observe(
 
 
 def _observe_whole(x: Tensor, count_zeros: bool, target: NDArray[np.float32], order: int) -> None:
-    measured = _measure(x, count_zeros, rows.width(target))
+    fields = rows.width(target)
+    row = _measure(x, count_zeros, fields)
     if not target[CALLS]:
-        target[:] = _slots(measured, order)
+        row[CALLS], row[ORDER] = 1.0, order
+        target[:] = _slots(row)
         return
     held = target.tolist()
     # Nothing to merge with, or infinities of float64 outputs: arrays keep them as they are.
-    if held[COUNT] and held[MAX] - held[MIN] < math.inf:
-        whole, part = [0.0] * len(measured), [0.0] * len(measured)
-        sums.load(held, whole)
-        sums.load(_slots(measured, order), part)
-        sums.join(whole, part)
-        sums.store(whole, held, order)
-        target[:] = held
-    else:
-        _merge(target[None], [measured], order)
+    if not held[COUNT] or not held[MAX] - held[MIN] < math.inf:
+        _merge(target[None], [row], order)
+        return
+    whole = held[:fields]
+    for position, field in enumerate(COUNTS):
+        whole[field] += held[fields + position] * BASE
+    sums.to_sums(whole)
+    sums.to_sums(row)
+    sums.join(whole, row)
+    sums.to_fields(whole)
+    whole[CALLS] += 1
+    target[:] = _slots(whole)
 
 
 def _observe_samples(x: Tensor, samples: int, count_zeros: bool, target: NDArray[np.float32], order: int) -> None:
@@ -104,11 +113,10 @@ def _merge(target: NDArray[np.float32], measured: Any, order: int) -> None:
     rows.pack(new, target)
 
 
-def _slots(row: list[float], order: int) -> list[float]:
-    """The slots of a row after its first call; `rows.pack` for one row, without arrays."""
-    slots = row + [0.0] * len(COUNTS)
-    slots[CALLS], slots[ORDER] = 1.0, order
-    if max(row[COUNT], row[NONFINITE]) >= BASE:
+def _slots(row: list[float]) -> list[float]:
+    """`rows.pack` for one row, without arrays."""
+    slots = row + _NO_HIGHS
+    if row[COUNT] >= BASE or row[NONFINITE] >= BASE:
         for position, field in enumerate(COUNTS):
             slots[len(row) + position], slots[field] = divmod(row[field], BASE)
     return slots
@@ -150,13 +158,17 @@ def _measure_small(x: NDArray[np.float64], count_zeros: bool, fields: int) -> li
             row = _measure_small(finite, count_zeros, fields)
         row[NONFINITE] = size - row[COUNT]
         return row
-    row[COUNT], row[MIN], row[MAX] = size, low, high
+    row[COUNT], row[MIN], row[MAX] = float(size), low, high
     if low == high:
         row[ZEROS], row[MEAN], row[ABS_MEAN] = size * float(low == 0), low, abs(low)
         return row
     row[MEAN] = mean = float(np.add.reduce(x)) / size
     centred = x - mean
     row[STD] = math.sqrt(float(centred.dot(centred)) / size)
+    if fields > REQUIRED and 0 < row[STD] < math.inf:
+        centred /= row[STD]
+        squared = centred * centred
+        row[SKEWNESS], row[KURTOSIS] = float(squared.dot(centred)) / size, float(squared.dot(squared)) / size
     row[ABS_MEAN] = abs(mean) if low >= 0 or high <= 0 else float(np.add.reduce(np.absolute(x))) / size
     if count_zeros:
         row[ZEROS] = size - np.count_nonzero(x)
@@ -174,7 +186,7 @@ def _measure_block(x: Tensor, count_zeros: bool, fields: int) -> list[float]:
             row = _measure_block(finite, count_zeros, fields)
         row[NONFINITE] = size - row[COUNT]
         return row
-    row[COUNT], row[MIN], row[MAX] = size, low, high
+    row[COUNT], row[MIN], row[MAX] = float(size), low, high
     if low == high:
         row[ZEROS], row[MEAN], row[ABS_MEAN] = size * float(low == 0), low, abs(low)
         return row
@@ -196,9 +208,25 @@ def _measure_block(x: Tensor, count_zeros: bool, fields: int) -> list[float]:
         variance = max(_squares(centred) / size - shift * shift, 0.0)
         mean += shift
     row[MEAN], row[STD], row[ABS_MEAN] = mean, math.sqrt(variance), absolute / size
+    if fields > REQUIRED and 0 < row[STD] < math.inf:
+        row[SKEWNESS], row[KURTOSIS] = _shape(x, mean, row[STD])
     if count_zeros:
         row[ZEROS] = size - torch.count_nonzero(x).item()
     return row
+
+
+def _shape(x: Tensor, mean: float, std: float) -> tuple[float, float]:
+    """Skewness and kurtosis of a block, which is scaled so that its fourth powers fit."""
+    sums_of = np.zeros(4)
+    for piece in x.split(LONGEST_DOT):
+        z = torch.sub(piece, mean).div_(std)
+        squared = z * z
+        sums_of += [z.sum().item(), _squares(z), torch.dot(z, squared).item(), _squares(squared)]
+    # Subtracted in float32, the mean is not quite 0 afterwards: powers about it from those about 0.
+    rest, second, third, fourth = (sums_of / x.numel()).tolist()
+    variance = second - rest**2
+    skewness = (third - 3 * rest * second + 2 * rest**3) / variance**1.5
+    return skewness, (fourth - 4 * rest * third + 6 * rest**2 * second - 3 * rest**4) / variance**2
 
 
 def _extremes(x: Tensor) -> tuple[float, float]:

@@ -15,8 +15,8 @@ import triton
 from torch import Tensor
 
 from ..launching import LANES, Kernel, current_stream, lane, multiprocessors
-from ..layout import COUNTS
-from .program_triton import PARTIAL, moments_kernel
+from ..layout import COUNTS, REQUIRED
+from .program_triton import UNMEASURED, moments_kernel
 
 #: Bytes a program reads per tile: 16 for each of its threads.
 TILE_BYTES = 4096
@@ -32,10 +32,15 @@ DIMS = 4
 _KERNEL = Kernel(moments_kernel, warps=8)
 
 
-def scratch(device: torch.device) -> Tensor:
+def scratch(device: torch.device, fields: int = REQUIRED) -> Tensor:
     """Room for partial results and tickets, a lane per stream; the tickets start at zero."""
     parts = PER_SM * multiprocessors(device)
-    return torch.zeros(LANES, 1 + (1 + PARTIAL.value) * parts, dtype=torch.int32, device=device)
+    return torch.zeros(LANES, 1 + (1 + partial(fields)) * parts, dtype=torch.int32, device=device)
+
+
+def partial(fields: int) -> int:
+    """How many numbers a partial result has, for rows of so many fields."""
+    return fields - int(UNMEASURED.value)
 
 
 def observe_triton(
@@ -86,7 +91,8 @@ def _plan(
     stride_row, dims = walk
     many = samples or 1
     n = math.prod(shape) // many
-    parts = lane_size // (1 + PARTIAL.value)
+    fields = slots - len(COUNTS)
+    parts = lane_size // (1 + partial(fields))
     splits = 1
     if n * dtype.itemsize > SOLO_BYTES and many < parts:
         splits = min(parts // many, -(-n * dtype.itemsize // TILE_BYTES))
@@ -95,7 +101,6 @@ def _plan(
     even = n % 16 == 0 and stride_row % 16 == 0
     flags = (dense, even, splits == 1, samples > 0, count_zeros)
     sizes = (n // 16, stride_row // 16) if even else (n, stride_row)
-    fields = slots - len(COUNTS)
     constants = (parts, triton.next_power_of_2(parts), tile, tile // PIECES, fields)
     return (dtype, aligned, parts, fields, *flags), (many, splits), (*sizes, room, layers, *dims, *constants, *flags)
 

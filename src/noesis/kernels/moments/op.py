@@ -88,10 +88,10 @@ register(
 )
 
 
-def scratch(device: torch.device) -> torch.Tensor:
-    """What the kernels of a device need beside the state, made when wrapping."""
+def scratch(device: torch.device, fields: int) -> torch.Tensor:
+    """What the kernels of a device need beside the state, for rows of so many fields; made when wrapping."""
     if not has_triton(device):
         return torch.zeros(1, 1, dtype=torch.int32, device=device)
     from . import _triton
 
-    return _triton.scratch(device)
+    return _triton.scratch(device, fields)

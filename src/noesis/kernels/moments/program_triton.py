@@ -19,12 +19,15 @@ from ..layout_triton import (
     CALLS,
     COUNT,
     HIGHS,
+    KURTOSIS,
     MAX,
     MEAN,
     MIN,
     NONFINITE,
     ORDER,
+    REQUIRED,
     SEQUENCE,
+    SKEWNESS,
     SLOT,
     STD,
     ZEROS,
@@ -32,12 +35,15 @@ from ..layout_triton import (
 from ..rows_triton import combine, pack, union, unpack
 from .share_triton import exact, load, share
 
-#: Numbers in a partial result: counts as int32, the others as the bits of float32, at the place of their field.
-PARTIAL = CALLS
+#: A partial result has what is measured, counts as int32, the others as the bits of float32, but not these.
+UNMEASURED = tl.constexpr(2)  # calls, order
 
 
 @triton.jit
-def _leave(p_part, count, nonfinite, zeros, mean, std, abs_mean, low, high, PARTS: tl.constexpr):
+def _leave(
+    p_part, count, nonfinite, zeros, mean, std, abs_mean, low, high, skewness, kurtosis,
+    PARTS: tl.constexpr, FIELDS: tl.constexpr,
+):  # fmt: skip
     """A partial result into scratch memory."""
     tl.store(p_part + COUNT * PARTS, count.to(tl.int32))
     tl.store(p_part + NONFINITE * PARTS, nonfinite.to(tl.int32))
@@ -47,6 +53,9 @@ def _leave(p_part, count, nonfinite, zeros, mean, std, abs_mean, low, high, PART
     tl.store(p_part + ABS_MEAN * PARTS, abs_mean.to(tl.int32, bitcast=True))
     tl.store(p_part + MIN * PARTS, low.to(tl.int32, bitcast=True))
     tl.store(p_part + MAX * PARTS, high.to(tl.int32, bitcast=True))
+    if FIELDS > REQUIRED:
+        tl.store(p_part + (SKEWNESS - UNMEASURED) * PARTS, skewness.to(tl.int32, bitcast=True))
+        tl.store(p_part + (KURTOSIS - UNMEASURED) * PARTS, kurtosis.to(tl.int32, bitcast=True))
 
 
 @triton.jit
@@ -56,12 +65,17 @@ def _left(p_parts, field, m):
 
 
 @triton.jit
-def _gather(p_parts, splits, PARTS: tl.constexpr, PARTS_P2: tl.constexpr):
+def _gather(p_parts, splits, PARTS: tl.constexpr, PARTS_P2: tl.constexpr, FIELDS: tl.constexpr):
     """The row of all partial results."""
     o = tl.arange(0, PARTS_P2)
     m = o < splits
     p_parts += o
-    count, nonfinite, zeros, mean, std, abs_mean, low, high = combine(
+    skewness = tl.zeros([PARTS_P2], tl.int32)
+    kurtosis = tl.zeros([PARTS_P2], tl.int32)
+    if FIELDS > REQUIRED:
+        skewness = _left(p_parts, (SKEWNESS - UNMEASURED) * PARTS, m)
+        kurtosis = _left(p_parts, (KURTOSIS - UNMEASURED) * PARTS, m)
+    count, nonfinite, zeros, mean, std, abs_mean, low, high, skewness, kurtosis = combine(
         _left(p_parts, COUNT * PARTS, m).to(tl.int64),
         _left(p_parts, NONFINITE * PARTS, m).to(tl.int64),
         _left(p_parts, ZEROS * PARTS, m).to(tl.int64),
@@ -70,23 +84,32 @@ def _gather(p_parts, splits, PARTS: tl.constexpr, PARTS_P2: tl.constexpr):
         _left(p_parts, ABS_MEAN * PARTS, m).to(tl.float32, bitcast=True),
         _left(p_parts, MIN * PARTS, m).to(tl.float32, bitcast=True),
         _left(p_parts, MAX * PARTS, m).to(tl.float32, bitcast=True),
+        skewness.to(tl.float32, bitcast=True),
+        kurtosis.to(tl.float32, bitcast=True),
+        FIELDS,
     )
     mean, std = exact(count, mean, std, low, high)
-    return count, nonfinite, zeros, mean, std, abs_mean, low, high
+    return count, nonfinite, zeros, mean, std, abs_mean, low, high, skewness, kurtosis
 
 
 @triton.jit
-def _write(p_slots, count, nonfinite, zeros, mean, std, abs_mean, low, high, order, FIELDS: tl.constexpr):
+def _write(
+    p_slots, count, nonfinite, zeros, mean, std, abs_mean, low, high, skewness, kurtosis, order,
+    FIELDS: tl.constexpr,
+):  # fmt: skip
     """Merge new values into a row of the slab; a module may run several times in one step."""
-    count2, nonfinite2, zeros2, mean2, std2, abs_mean2, low2, high2 = unpack(p_slots, True, FIELDS)
-    count, nonfinite, zeros, mean, std, abs_mean, low, high = union(
-        count2, nonfinite2, zeros2, mean2, std2, abs_mean2, low2, high2,
-        count, nonfinite, zeros, mean, std, abs_mean, low, high,
+    count2, nonfinite2, zeros2, mean2, std2, abs_mean2, low2, high2, skewness2, kurtosis2 = unpack(
+        p_slots, True, FIELDS
+    )
+    count, nonfinite, zeros, mean, std, abs_mean, low, high, skewness, kurtosis = union(
+        count2, nonfinite2, zeros2, mean2, std2, abs_mean2, low2, high2, skewness2, kurtosis2,
+        count, nonfinite, zeros, mean, std, abs_mean, low, high, skewness, kurtosis,
+        FIELDS,
     )  # fmt: skip
     mean, std = exact(count, mean, std, low, high)
     calls = tl.load(p_slots + CALLS)
     first = tl.where(calls > 0, tl.load(p_slots + ORDER), order.to(tl.float32))
-    pack(p_slots, count, nonfinite, zeros, mean, std, abs_mean, low, high, FIELDS)
+    pack(p_slots, count, nonfinite, zeros, mean, std, abs_mean, low, high, skewness, kurtosis, FIELDS)
     tl.store(p_slots + CALLS, calls + 1)
     tl.store(p_slots + ORDER, first)
 
@@ -134,7 +157,7 @@ def moments_kernel(
         n *= 16  # so that the compiler sees it, and loads 16 bytes at a time
         stride_row *= 16
     p_x += row * stride_row
-    p_scratch += lane * (1 + (1 + PARTIAL) * PARTS)
+    p_scratch += lane * (1 + (1 + FIELDS - UNMEASURED) * PARTS)
     # The first tile is on its way before anything is asked, since the answer takes as long.
     x = load(p_x, split.to(tl.int64) * TILE, n, s1, s2, s3, t0, t1, t2, t3, TILE, DENSE, True)
     active = tl.load(p_control + ACTIVE)
@@ -143,25 +166,30 @@ def moments_kernel(
     layer = tl.load(p_layer)
 
     if active != 0:
-        count, nonfinite, zeros, mean, std, abs_mean, low, high = share(
-            p_x, x, n, s1, s2, s3, t0, t1, t2, t3, split, splits, TILE, PIECE, DENSE, COUNT_ZEROS
+        count, nonfinite, zeros, mean, std, abs_mean, low, high, skewness, kurtosis = share(
+            p_x, x, n, s1, s2, s3, t0, t1, t2, t3, split, splits, TILE, PIECE, FIELDS, DENSE, COUNT_ZEROS
         )
         p_parts = p_scratch + 1 + PARTS + row * splits
         if SOLO:
             last = True
         else:
-            _leave(p_parts + split, count, nonfinite, zeros, mean, std, abs_mean, low, high, PARTS)
+            _leave(
+                p_parts + split, count, nonfinite, zeros, mean, std, abs_mean, low, high, skewness, kurtosis,
+                PARTS, FIELDS,
+            )  # fmt: skip
             tl.debug_barrier()
             last = tl.atomic_add(p_scratch + 1 + row, 1, sem="acq_rel") == splits - 1
         if last:
             if not SOLO:
-                count, nonfinite, zeros, mean, std, abs_mean, low, high = _gather(p_parts, splits, PARTS, PARTS_P2)
+                count, nonfinite, zeros, mean, std, abs_mean, low, high, skewness, kurtosis = _gather(
+                    p_parts, splits, PARTS, PARTS_P2, FIELDS
+                )
                 tl.store(p_scratch + 1 + row, 0)
             target = row
             if BY_SAMPLE:
                 target += 1
             p_slots = p_slab + ((slot * room + target) * layers + layer) * (FIELDS + HIGHS)
-            _write(p_slots, count, nonfinite, zeros, mean, std, abs_mean, low, high, order, FIELDS)
+            _write(p_slots, count, nonfinite, zeros, mean, std, abs_mean, low, high, skewness, kurtosis, order, FIELDS)
             if BY_SAMPLE:
                 # Other rows may not have read the sequence yet: the last row of all moves it on.
                 if tl.atomic_add(p_scratch, 1, sem="acq_rel") == tl.num_programs(0) - 1:

@@ -55,6 +55,11 @@ def _reference_chunk(x: Tensor, count_zeros: bool, fields: int) -> Tensor:
         out[:, field] = torch.where(count > 0, out[:, field], 0.0)
     if count_zeros:
         out[:, layout.ZEROS] = ((x == 0) & finite).sum(1)
+    if fields > REQUIRED:
+        varies = (out[:, layout.MAX] > out[:, layout.MIN]) & (out[:, layout.STD] > 0)
+        z = centred / torch.where(varies, out[:, layout.STD], torch.inf)[:, None]
+        out[:, layout.SKEWNESS] = z.pow(3).sum(1) / divisor
+        out[:, layout.KURTOSIS] = z.pow(4).sum(1) / divisor
     return out
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..layout_triton import INFINITY
+from ..layout_triton import INFINITY, REQUIRED
 
 TINY = tl.constexpr(1e-30)  # squares below lose digits to underflow
 
@@ -101,7 +101,7 @@ def _sums(
 @triton.jit
 def share(
     p_x, pivot, n, s1, s2, s3, t0, t1, t2, t3, split, splits,
-    TILE: tl.constexpr, PIECE: tl.constexpr, DENSE: tl.constexpr, COUNT_ZEROS: tl.constexpr,
+    TILE: tl.constexpr, PIECE: tl.constexpr, FIELDS: tl.constexpr, DENSE: tl.constexpr, COUNT_ZEROS: tl.constexpr,
 ):  # fmt: skip
     """The row of a program's share."""
     s, ss, sa, lo, hi, zeros = _sums(p_x, pivot, n, s1, s2, s3, t0, t1, t2, t3, split, splits, TILE, DENSE, COUNT_ZEROS)
@@ -133,7 +133,46 @@ def share(
             p_x, n, s1, s2, s3, t0, t1, t2, t3, split, splits, mine, TILE, PIECE, DENSE, COUNT_ZEROS
         )
         nonfinite = met - count
-    return count, nonfinite, zero, mean, std, abs_mean, low, high
+    skewness = tl.zeros_like(mean)
+    kurtosis = tl.zeros_like(mean)
+    if FIELDS > REQUIRED:
+        skewness, kurtosis = _shape(
+            p_x, n, s1, s2, s3, t0, t1, t2, t3, split, splits, mine, count, mean, std, TILE, DENSE
+        )
+    return count, nonfinite, zero, mean, std, abs_mean, low, high, skewness, kurtosis
+
+
+@triton.jit
+def _shape(
+    p_x, n, s1, s2, s3, t0, t1, t2, t3, split, splits, mine, count, mean, std,
+    TILE: tl.constexpr, DENSE: tl.constexpr,
+):  # fmt: skip
+    """Skewness and kurtosis of a program's share, which is read once more: relative to its std nothing overflows."""
+    first = tl.zeros([TILE], tl.float32)
+    second = tl.zeros([TILE], tl.float32)
+    third = tl.zeros([TILE], tl.float32)
+    fourth = tl.zeros([TILE], tl.float32)
+    for k in range(mine):
+        start = (split + k * splits).to(tl.int64) * TILE
+        x = load(p_x, start, n, s1, s2, s3, t0, t1, t2, t3, TILE, DENSE, True)
+        good = (start + tl.arange(0, TILE) < n) & (tl.abs(x) < INFINITY)
+        z = tl.where(good, (0.5 * x - 0.5 * mean) / (0.5 * std), 0.0)
+        first += z
+        second += z * z
+        third += z * z * z
+        fourth += z * z * (z * z)
+    # The mean is rounded to float32: powers about it from those about 0.
+    size = count.to(tl.float32)
+    shift = tl.sum(first, 0) / size
+    squares = tl.sum(second, 0) / size
+    cubes = tl.sum(third, 0) / size
+    fourths = tl.sum(fourth, 0) / size
+    variance = squares - shift * shift
+    fourths += shift * (shift * (6 * squares - 3 * shift * shift) - 4 * cubes)
+    cubes += shift * (2 * shift * shift - 3 * squares)
+    varies = (variance > 0) & (variance < INFINITY)  # false for NaN, which no element or no spread gives
+    skewness = tl.where(varies, cubes / (variance * tl.sqrt(variance)), 0.0)
+    return skewness, tl.where(varies, fourths / (variance * variance), 0.0)
 
 
 @triton.jit

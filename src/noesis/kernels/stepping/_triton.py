@@ -25,13 +25,16 @@ from ..layout_triton import (
     FORWARDS,
     HIGHS,
     INFINITY,
+    KURTOSIS,
     MAX,
     MEAN,
     MIN,
     NONFINITE,
     OBSERVED,
     ORDER,
+    REQUIRED,
     SEQUENCE,
+    SKEWNESS,
     SLOT,
     STD,
     STEP,
@@ -40,7 +43,7 @@ from ..layout_triton import (
     SUM_STD,
     ZEROS,
 )
-from ..rows_triton import union, unpack
+from ..rows_triton import load_optional, union, unpack
 
 #: Layers a program takes.
 BLOCK = 128
@@ -49,9 +52,19 @@ BLOCK = 128
 @triton.jit
 def _row(p_slots, m, FIELDS: tl.constexpr):
     """What was measured of a packed row, in float64."""
-    count, nonfinite, zeros, mean, std, abs_mean, low, high = unpack(p_slots, m, FIELDS)
-    wide = tl.float64
-    return count, nonfinite, zeros, mean.to(wide), std.to(wide), abs_mean.to(wide), low.to(wide), high.to(wide)
+    count, nonfinite, zeros, mean, std, abs_mean, low, high, skewness, kurtosis = unpack(p_slots, m, FIELDS)
+    return (
+        count,
+        nonfinite,
+        zeros,
+        mean.to(tl.float64),
+        std.to(tl.float64),
+        abs_mean.to(tl.float64),
+        low.to(tl.float64),
+        high.to(tl.float64),
+        skewness.to(tl.float64),
+        kurtosis.to(tl.float64),
+    )
 
 
 @triton.jit
@@ -69,7 +82,10 @@ def _first(calls, order, calls2, order2):
 
 
 @triton.jit
-def _fold(p_total, m, count, nonfinite, zeros, mean, std, abs_mean, low, high, calls, order, FIELDS: tl.constexpr):
+def _fold(
+    p_total, m, count, nonfinite, zeros, mean, std, abs_mean, low, high, skewness, kurtosis, calls, order,
+    FIELDS: tl.constexpr,
+):  # fmt: skip
     """Add a step's row to the totals; `stepping.add_steps`."""
     p_averages = p_total + FIELDS + AVERAGES
     old_calls = tl.load(p_total + CALLS, mask=m, other=0.0)
@@ -79,7 +95,7 @@ def _fold(p_total, m, count, nonfinite, zeros, mean, std, abs_mean, low, high, c
     size = count.to(tl.float64)
     sample_std = std * tl.sqrt(size / tl.where(count > 1, size - 1, 1.0))
     sum_std = tl.load(p_averages + SUM_STD, mask=m, other=0.0) + sample_std
-    count, nonfinite, zeros, mean, std, abs_mean, low, high = union(
+    count, nonfinite, zeros, mean, std, abs_mean, low, high, skewness, kurtosis = union(
         tl.load(p_total + COUNT, mask=m, other=0.0).to(tl.int64),
         tl.load(p_total + NONFINITE, mask=m, other=0.0).to(tl.int64),
         tl.load(p_total + ZEROS, mask=m, other=0.0).to(tl.int64),
@@ -88,7 +104,10 @@ def _fold(p_total, m, count, nonfinite, zeros, mean, std, abs_mean, low, high, c
         tl.load(p_total + ABS_MEAN, mask=m, other=0.0),
         tl.load(p_total + MIN, mask=m, other=0.0),
         tl.load(p_total + MAX, mask=m, other=0.0),
-        count, nonfinite, zeros, mean, std, abs_mean, low, high,
+        load_optional(p_total + SKEWNESS, m, mean, FIELDS),
+        load_optional(p_total + KURTOSIS, m, mean, FIELDS),
+        count, nonfinite, zeros, mean, std, abs_mean, low, high, skewness, kurtosis,
+        FIELDS,
     )  # fmt: skip
     tl.store(p_total + COUNT, count.to(tl.float64), mask=m)
     tl.store(p_total + NONFINITE, nonfinite.to(tl.float64), mask=m)
@@ -98,6 +117,9 @@ def _fold(p_total, m, count, nonfinite, zeros, mean, std, abs_mean, low, high, c
     tl.store(p_total + ABS_MEAN, abs_mean, mask=m)
     tl.store(p_total + MIN, low, mask=m)
     tl.store(p_total + MAX, high, mask=m)
+    if FIELDS > REQUIRED:
+        tl.store(p_total + SKEWNESS, skewness, mask=m)
+        tl.store(p_total + KURTOSIS, kurtosis, mask=m)
     tl.store(p_total + CALLS, old_calls + calls, mask=m)
     tl.store(p_total + ORDER, first, mask=m)
     tl.store(p_averages + STEPS, steps, mask=m)
@@ -109,24 +131,31 @@ def _fold(p_total, m, count, nonfinite, zeros, mean, std, abs_mean, low, high, c
 def _fold_step(p_step, p_totals, o_layer, m, room, layers, FIELDS: tl.constexpr):
     """Add the rows of a step to the totals: row 0, the remainder, becomes the whole of all rows."""
     p_row = p_step + o_layer * (FIELDS + HIGHS)
-    count, nonfinite, zeros, mean, std, abs_mean, low, high = _row(p_row, m, FIELDS)
+    count, nonfinite, zeros, mean, std, abs_mean, low, high, skewness, kurtosis = _row(p_row, m, FIELDS)
     calls, order = _calls(p_row, m)
     most = tl.zeros_like(calls)
     for r in range(1, room):
         p_row = p_step + (r * layers + o_layer) * (FIELDS + HIGHS)
-        count2, nonfinite2, zeros2, mean2, std2, abs_mean2, low2, high2 = _row(p_row, m, FIELDS)
+        count2, nonfinite2, zeros2, mean2, std2, abs_mean2, low2, high2, skewness2, kurtosis2 = _row(p_row, m, FIELDS)
         calls2, order2 = _calls(p_row, m)
         p_total = p_totals + (r * layers + o_layer) * (FIELDS + AVERAGES)
-        _fold(p_total, m, count2, nonfinite2, zeros2, mean2, std2, abs_mean2, low2, high2, calls2, order2, FIELDS)
+        _fold(
+            p_total, m, count2, nonfinite2, zeros2, mean2, std2, abs_mean2, low2, high2, skewness2, kurtosis2,
+            calls2, order2, FIELDS,
+        )  # fmt: skip
         # One call fills a row per sample, or the remainder: not as many calls as rows.
         order = _first(calls + most, order, calls2, order2)
         most = tl.maximum(most, calls2)
-        count, nonfinite, zeros, mean, std, abs_mean, low, high = union(
-            count, nonfinite, zeros, mean, std, abs_mean, low, high,
-            count2, nonfinite2, zeros2, mean2, std2, abs_mean2, low2, high2,
+        count, nonfinite, zeros, mean, std, abs_mean, low, high, skewness, kurtosis = union(
+            count, nonfinite, zeros, mean, std, abs_mean, low, high, skewness, kurtosis,
+            count2, nonfinite2, zeros2, mean2, std2, abs_mean2, low2, high2, skewness2, kurtosis2,
+            FIELDS,
         )  # fmt: skip
     p_total = p_totals + o_layer * (FIELDS + AVERAGES)
-    _fold(p_total, m, count, nonfinite, zeros, mean, std, abs_mean, low, high, calls + most, order, FIELDS)
+    _fold(
+        p_total, m, count, nonfinite, zeros, mean, std, abs_mean, low, high, skewness, kurtosis,
+        calls + most, order, FIELDS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["p_timestep", "branch", "batch", "lane", "stride_lane", "capacity", "room", "layers"])
