@@ -22,7 +22,7 @@ def test_merging_ranks_is_measured(scaling, tmp_path, capsys) -> None:
     found = json.loads(path.read_text())
     assert [case["ranks"] for case in found["by_ranks"]] == [2, 9]
     for case in found["by_ranks"]:
-        assert case["sent_bytes_per_rank"] == 256 * 3 * 10 * 8
+        assert case["sent_bytes_per_rank"] == 256 * 3 * 12 * 8
         assert case["held_bytes"] == case["ranks"] * case["sent_bytes_per_rank"]  # one piece, so few are they
         assert case["file_bytes_per_rank"] > 256 * 3 * 7 * 8
         assert case["merge_seconds"] > 0

@@ -418,7 +418,8 @@ def test_compare_names_the_layer_that_changed(run: Run, runs: Path) -> None:
     done = run("compare", runs / "a", runs / "b", "--top", 3)
     assert done.code == 0
     assert "first divergence: step 0, layer model.layers.3.mlp.down_proj (" in done.out
-    assert len(done.out.splitlines()) == 2 + 1 + 3
+    assert "different meta: model " in done.out
+    assert len(done.out.splitlines()) == 3 + 1 + 3
     same = run("compare", runs / "a", runs / "again")
     assert "distance 0," in same.out
     assert "first divergence" not in same.out

@@ -792,3 +792,21 @@ def test_killed_while_saving_there_is_the_old_file_or_the_new_one(tmp_path: Path
     done = python("-c", script, tmp_path)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[0]) > 0  # what was being written when it was killed
+
+
+@pytest.mark.parametrize("meta", [True, False])
+def test_more_samples_than_there_are_take_no_memory(trace: noesis.Trace, tmp_path: Path, meta: bool) -> None:
+    payload = json.loads(trace.to_json())
+    payload["samples"] = 2**31
+    if not meta:  # as in older files
+        del payload["sample_meta"]
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(payload))
+    tracemalloc.start()
+    try:
+        with pytest.raises(noesis.NoesisError, match="not a valid trace"):
+            noesis.Trace.load(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 10e6

@@ -85,7 +85,7 @@ def test_a_soulprint_knows_and_keeps_the_order(suffix: str, tmp_path: Path) -> N
 
 
 def test_an_order_that_does_not_fit() -> None:
-    with pytest.raises(BadValue, match=r"order \(2,\) of 1 layers"):
+    with pytest.raises(BadValue, match=r"order int64 \(2,\) of 1 layers"):
         noesis.Soulprint([0.0], [1.0], ["a"], order=np.array([1, 2]))
     broken = noesis.Soulprint([0.0], [1.0], ["a"], order=np.array([1])).to_json().replace("[1]", '["x"]')
     with pytest.raises(BadFile, match="not a valid soulprint"):

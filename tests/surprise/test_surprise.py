@@ -6,6 +6,7 @@ import copy
 import io
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -321,6 +322,25 @@ def test_labels_make_a_code_per_class(net: Net) -> None:
         wrapped.calibrate(list(x.split(50)), labels=True, progress=False)
     with pytest.raises(NoesisError, match="with labels float32"):
         wrapped.calibrate([(x, torch.zeros(300))], labels=True, progress=False)
+
+
+def test_classes_that_all_have_enough_are_saved_and_loaded(tmp_path: Path) -> None:
+    def made() -> noesis.Wrapped:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2, bias=False))
+        with torch.no_grad():
+            model[0].bias.zero_()
+            model[2].weight[1] = -model[2].weight[0]
+        return noesis.wrap(model, layers=["0"], codebook=noesis.Codebook(), logits="2")
+
+    wrapped, again = made(), made()
+    calibration = wrapped.calibrate([torch.randn(400, 4)], by_class=True, progress=False)
+    assert set(calibration.classes) == {-1, 0, 1}
+    assert len(calibration.classes[-1]) == 0
+    again(torch.randn(3, 4))
+    again.load_calibration(wrapped.save_calibration(tmp_path / "c.safetensors"))
+    x = torch.randn(20, 4)
+    np.testing.assert_array_equal(*(each.judge(x).surprise.p_value for each in (wrapped, again)))
 
 
 def test_classes_have_p_values_of_their_own(net: Net) -> None:

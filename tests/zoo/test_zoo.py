@@ -269,6 +269,7 @@ def _marked() -> list[Any]:
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`-wrapped function:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what Bloom does
 @pytest.mark.parametrize("name", _marked())
 @pytest.mark.slow
 def test_one_graph_where_the_bare_model_has_one(name: str) -> None:

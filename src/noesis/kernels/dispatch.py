@@ -57,6 +57,7 @@ def has_triton(device: torch.device) -> bool:
 def by_numba(name: str) -> Any:
     """The module of the CPU kernel of this name, where Numba is installed and compiles it; None elsewhere."""
     if importlib.util.find_spec("numba") is None:
+        logger.info("no Numba, so {} on the CPU takes several passes: pip install 'noesis[cpu]'", name)
         return None
     try:
         return importlib.import_module(f"{__package__}.{name}._numba")

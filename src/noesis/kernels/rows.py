@@ -56,7 +56,8 @@ def combine(parts: Any, xp: Any = np) -> Any:
 
     Example:
         >>> import numpy as np
-        >>> from noesis.kernels.rows import COUNT, FIELDS, MEAN, STD, combine
+        >>> from noesis.kernels.layout import COUNT, FIELDS, MEAN, STD
+        >>> from noesis.kernels.rows import combine
         >>> parts = np.zeros((2, len(FIELDS)))
         >>> parts[:, COUNT], parts[:, MEAN] = [1, 3], [0.0, 4.0]
         >>> whole = combine(parts)

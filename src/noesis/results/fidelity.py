@@ -49,11 +49,11 @@ class Fidelity(Saved, Tabular):
         >>> b = noesis.Activations({"block": [torch.tensor([[[3.0, 4.5], [0.0, 2.0]]])]})
         >>> found = noesis.compare(a, b)
         >>> found
-        Fidelity of 1 layer: SQNR from 20.6 dB (block), cosine from 0.99932
+        Fidelity of 1 layer: SQNR from 20.6 dB (block), cosine from 0.99923
         >>> print(found)
-        Fidelity of 1 layer: SQNR from 20.6 dB (block), cosine from 0.99932
+        Fidelity of 1 layer: SQNR from 20.6 dB (block), cosine from 0.99923
         layer  relative error  SQNR (dB)   cosine  tokens  worst token  at
-        block         0.09285       20.6  0.99932       2          0.1   0
+        block         0.09285       20.6  0.99923       2          0.1   0
     """
 
     kind: ClassVar[str] = "fidelity"

@@ -65,11 +65,14 @@ class Soulprint(Saved, Tabular):
                 "Give arrays of one length and as many names",
             )
         if self.order is not None:
-            self.order = np.asarray(self.order, dtype=np.int64)
-            if self.order.shape != self.means.shape:
+            order = np.asarray(self.order)
+            if order.shape != self.means.shape or order.dtype.kind not in "iu":
                 raise BadValue(
-                    f"order {self.order.shape} of {len(self.layers)} layers", "a number per layer", "Leave out order"
+                    f"order {order.dtype.name} {order.shape} of {len(self.layers)} layers",
+                    "a whole number of 64 bits per layer",
+                    "Leave out order",
                 )
+            self.order = order.astype(np.int64)
 
     @property
     def vector(self) -> Floats:

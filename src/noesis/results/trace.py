@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -383,9 +384,11 @@ def _wrap_hint(name: str) -> str:
     return f"Pass wrap(..., stats=[{name!r}]) before the run" if name in OPTIONAL else "Check the name"
 
 
-def _sample_headers(header: dict[str, Any]) -> list[dict[str, Any]]:
+def _sample_headers(header: dict[str, Any]) -> Iterator[dict[str, Any]]:
     number, alone = int(header["samples"]), {**header, "samples": 0, "sample_meta": []}
-    own = header.get("sample_meta", [{}] * number)  # older files have none
-    if len(own) != number:
+    own = header.get("sample_meta")
+    if own is not None and len(own) != number:
         raise ValueError(f"{number} samples, and meta of {len(own)}")
-    return [{**alone, "meta": {**header["meta"], **each}} for each in own]
+    # One by one: a file may claim any number, and the first that is not there is an error.
+    for each in repeat({}, number) if own is None else own:  # older files have none
+        yield {**alone, "meta": {**header["meta"], **each}}

@@ -126,7 +126,7 @@ def read_calibration(
         Doubt(_to_reference("unsure", arrays), _to_reference("sure", arrays)) if header["logits"] else None,
         (fit, rank, last),
         scores,
-        None if classes is None else {int(label): _sorted(arrays[f"class.{label}"]) for label in classes},
+        None if classes is None else {int(label): _of_class(int(label), arrays) for label in classes},
         counted,
         _padding(header),
     )
@@ -229,6 +229,11 @@ def _to_reference(prefix: str, arrays: files.Arrays) -> ReferenceScores:
     if not (0 < share <= 1 and 0 < scale < np.inf and np.isfinite(start)) or np.isnan(usual).any():
         raise ValueError(f"a tail of {share} with scale {scale} from {start}")
     return ReferenceScores(_sorted(arrays[f"{prefix}.scores"]), start, share, scale, usual)
+
+
+def _of_class(label: int, arrays: files.Arrays) -> Any:
+    scores = arrays[f"class.{label}"]
+    return np.zeros(0) if label == OTHERS and scores.shape == (0,) else _sorted(scores)  # none where all have enough
 
 
 def _sorted(scores: Any) -> Any:
