@@ -1,10 +1,10 @@
-"""Put what was measured into the README: tables between its markers, from `results/*.json`.
+"""Put what was measured into the pages: tables between their markers, from `results/*.json`.
 
-`<!-- overhead -->` to `<!-- end -->` holds what observing costs, and `<!-- detection -->` to `<!-- end -->`, where the
-README has it, how well strange inputs are told.
+In `docs/benchmarks.md`, `<!-- overhead -->` to `<!-- end -->` holds what observing costs, and `<!-- detection -->` to
+`<!-- end -->` how well strange inputs are told; in the README, `<!-- cost -->` to `<!-- end -->` holds five rows of it.
 
 python benchmarks/table.py            # write them
-python benchmarks/table.py --check    # say whether the README is what the results say
+python benchmarks/table.py --check    # say whether the pages are what the results say
 """
 
 from __future__ import annotations
@@ -21,6 +21,15 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 KERNEL_SIZES = ("64 KB", "1 MB", "16 MB", "512 MB", "4 GB")
 MB = 1 << 20
+PAGES = {"README.md": ("cost",), "docs/benchmarks.md": ("overhead", "detection")}
+#: The README's rows, by model and layers.
+FIRST = {
+    ("mlp", "leaves"): "a small MLP, all layers, 128 inputs",
+    ("resnet50", "blocks"): "ResNet-50, blocks, 2 images",
+    ("gpt2-train", "blocks"): "GPT-2, blocks, training on 128 tokens",
+    ("llama-decode", "blocks"): "Llama 3.2 1B, blocks, one token",
+    ("sdxl", "blocks70"): "SDXL's U-Net, blocks, 256 x 256 pixels",
+}
 Found = dict[str, Any]
 
 
@@ -54,6 +63,29 @@ def render(folder: Path = RESULTS) -> str:
     for machine, files in by_machine(found.get("memory", [])):
         parts.append(f"{memory_table([case for file in files for case in file['cases']])}\n\n{machine}")
     return "\n\n".join(parts)
+
+
+def render_first(folder: Path = RESULTS) -> str:
+    """The README's rows: what observing costs by itself, and what it adds to a whole step where that was measured."""
+    files = load(folder).get("overhead", [])
+    alone = [file for file in files if any(case["mode"] == "outputs" for case in file["cases"])]
+    if not alone:
+        return ""
+    machine = measured_on(alone[0])
+    cases = [case for file in files if measured_on(file) == machine for case in file["cases"] if measured(case)]
+    found = {(case["model"], case["layers"], case["mode"]): case for case in cases}
+    rows = []
+    for (model, layers), what in FIRST.items():
+        if (case := found.get((model, layers, "outputs"))) is None:
+            continue
+        step = what
+        added = {one: duration(case["variants"][one]["added_seconds"]) for one in ("noesis", "hooks")}
+        if whole := found.get((model, layers, "eager")):
+            for one in added:
+                added[one] += f" ({percent(whole['variants'][one]['overhead_percent'])})"
+            step += f", in {duration(whole['variants']['bare']['seconds'])}"
+        rows.append([step, str(case["observed"]), added["noesis"], added["hooks"]])
+    return f"{markdown(['one step of', 'layers observed', 'noesis adds', 'hooks add'], rows)}\n\n{machine}"
 
 
 def measured(case: Found) -> bool:
@@ -300,24 +332,27 @@ def put(text: str, name: str, tables: str) -> tuple[str, int]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write the tables into the README, or check that they are there."""
+    """Write the tables into the pages, or check that they are there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="exit with 1 if the README differs; write nothing")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a page differs; write nothing")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the folder that has README.md and docs/benchmarks.md")
     options = parser.parse_args(arguments)
-    text = options.readme.read_text(encoding="utf-8")
-    tables = render(options.results)
-    if not tables:
+    tables = {"cost": render_first, "overhead": render, "detection": render_detection}
+    tables = {name: write(options.results) for name, write in tables.items()}
+    if not tables["overhead"]:
         raise SystemExit(f"{options.results} holds no results: run benchmarks/overhead.py first")
-    new, count = put(text, "overhead", tables)
-    if count != 1:
-        raise SystemExit(f"{options.readme} has no part between <!-- overhead --> and <!-- end -->")
-    new, _ = put(new, "detection", render_detection(options.results))
-    if not options.check:
-        options.readme.write_text(new, encoding="utf-8")
-    elif new != text:
-        raise SystemExit(f"{options.readme} is not what the results say: run python benchmarks/table.py")
+    for page, names in PAGES.items():
+        path = options.root / page
+        new = text = path.read_text(encoding="utf-8")
+        for name in names:
+            new, count = put(new, name, tables[name])
+            if count != 1:
+                raise SystemExit(f"{path} has no part between <!-- {name} --> and <!-- end -->")
+        if not options.check:
+            path.write_text(new, encoding="utf-8")
+        elif new != text:
+            raise SystemExit(f"{path} is not what the results say: run python benchmarks/table.py")
 
 
 if __name__ == "__main__":

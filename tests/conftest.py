@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers import processes
-from helpers.checkout import ROOT
+from helpers.checkout import DATA
 
 pytest.register_assert_rewrite("by_hand", "compared")
 
@@ -22,10 +22,9 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of real weights and data, or a skip that names it."""
-    folder = Path(os.environ.get("NOESIS_DATA", ROOT.parent / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"needs the data folder ({folder}); set NOESIS_DATA")
-    return folder
+    if not DATA.is_dir():
+        pytest.skip(f"needs the data folder ({DATA}); set NOESIS_DATA")
+    return DATA
 
 
 @pytest.fixture(scope="module")

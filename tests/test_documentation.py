@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import doctest
 import importlib
+import io
+import math
 import re
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from helpers.checkout import ROOT, SOURCE
+from helpers.checkout import DATA, ROOT, SOURCE
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 FENCE = re.compile(r"(?P<indent>\s*)(?P<ticks>`{3,}|~{3,})(?P<info>.*)")
+NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?")
+PIECE = re.compile(rf"{NUMBER.pattern}|\w+|[^\w\s]")
 NO_RUN = re.compile(r"<!-- no-run: (?P<reason>\S.*) -->")
+NEEDS = re.compile(r"<!-- data: (?P<name>\w+) -->")
+VARIES = re.compile(r"<!-- varies: (?P<reason>\S.*) -->")
 
 
 @dataclass(frozen=True)
 class Fence:
-    """One fenced ```python block, padded so that its line numbers are those of the page."""
+    """One fenced ```python block, padded so that its line numbers are those of the page.
+
+    `shown` is what it prints: the ```text block that follows, if not `<!-- varies: reason -->`.
+    """
 
     source: str
     line: int
     runs: bool
+    data: str | None = None
+    shown: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,11 +55,14 @@ class Example:
 
 
 def blocks(page: str) -> list[Fence]:
-    """The ```python blocks of a page; one that follows `<!-- no-run: reason -->` does not run."""
+    """The ```python blocks of a page; one that follows `<!-- no-run: reason -->` does not run.
+
+    One that follows `<!-- data: name -->` runs where a folder of this name lies, as one of real weights.
+    """
     found: list[Fence] = []
     opening: re.Match[str] | None = None
     body: list[str] = []
-    start, before = 0, ""
+    start, before, latest = 0, "", ""
     for number, line in enumerate(page.splitlines(), start=1):
         fence = FENCE.fullmatch(line)
         if opening is None:
@@ -57,9 +72,14 @@ def blocks(page: str) -> list[Fence]:
                 before = line.strip()
             continue
         if fence and fence["ticks"].startswith(opening["ticks"]) and not fence["info"].strip():
-            if opening["info"].strip().split(" ")[0] == "python":
+            language = opening["info"].strip().split(" ")[0]
+            if language == "python":
                 source = "\n" * start + textwrap.dedent("\n".join(body)) + "\n"
-                found.append(Fence(source, start, runs=NO_RUN.fullmatch(before) is None))
+                needs = NEEDS.fullmatch(before)
+                found.append(Fence(source, start, NO_RUN.fullmatch(before) is None, needs and needs["name"]))
+            elif language == "text" and latest == "python" and not VARIES.fullmatch(before):
+                found[-1] = replace(found[-1], shown=textwrap.dedent("\n".join(body)))
+            latest = language
             opening, before = None, ""
         else:
             body.append(line)
@@ -69,12 +89,29 @@ def blocks(page: str) -> list[Fence]:
 
 
 def run_page(path: Path) -> None:
-    """Compile every block of a page and run those that run, in one namespace."""
+    """Compile every block of a page and run those that run, in one namespace; they print what the page shows."""
     namespace = {"__name__": "__main__"}
     for block in blocks(path.read_text(encoding="utf-8")):
         code = compile(block.source, str(path), "exec", dont_inherit=True)
-        if block.runs:
-            exec(code, namespace)
+        if block.runs and (block.data is None or Path(block.data).exists()):
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(code, namespace)
+            if block.shown is not None and not alike(printed.getvalue(), block.shown):
+                pytest.fail(f"{path.name}, line {block.line}: prints\n{printed.getvalue()}")
+
+
+def alike(printed: str, shown: str) -> bool:
+    """Whether the words are the same, and numbers to about a hundredth; how long a step took is left out."""
+    pieces = [PIECE.findall(re.sub(r", [\d.e+]+ m?s per step", "", text)) for text in (printed, shown)]
+    return len(pieces[0]) == len(pieces[1]) and all(
+        one == other
+        or (
+            NUMBER.fullmatch(one)
+            and NUMBER.fullmatch(other)
+            and math.isclose(float(one), float(other), rel_tol=0.02, abs_tol=1e-5)
+        )
+        for one, other in zip(*pieces, strict=True)
+    )
 
 
 def examples(source: Path) -> Iterator[Example]:
@@ -112,8 +149,11 @@ def run_example(example: Example, names: dict[str, object]) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_a_folder_with_real_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    if DATA.is_dir():
+        for model in DATA.iterdir():
+            Path(model.name).symlink_to(model)
     monkeypatch.setenv("MPLBACKEND", "agg")
 
 
@@ -133,6 +173,14 @@ def test_readme_has_the_two_commands() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in ("demo", "test"):
         assert len(re.findall(rf"^<!-- {name} -->\n```bash\n", readme, re.MULTILINE)) == 1, name
+
+
+def test_the_readme_shows_what_each_of_its_blocks_prints() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = blocks(readme)
+    assert len(found) >= 5
+    assert all(block.runs and block.data is None and block.shown for block in found)
+    assert len(found[0].source.strip().splitlines()) <= 9, "a NaN in six lines, after what it imports"
 
 
 # That the checks above can fail.
@@ -156,6 +204,28 @@ def test_no_run_needs_a_reason_and_still_compiles(tmp_path: Path) -> None:
         run_page(page)
     page.write_text("<!-- no-run: downloads weights -->\n```python\nx =\n```\n")
     with pytest.raises(SyntaxError):
+        run_page(page)
+
+
+def test_a_page_prints_what_it_shows(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    told = "```python\nprint('share', 0.123456)\n```\n\n{}```text\n{}\n```\n"
+    page.write_text(told.format("", "share 0.1235"))
+    run_page(page)
+    page.write_text(told.format("<!-- varies: by machine -->\n", "share 0.2"))
+    run_page(page)
+    for wrong in ("share 0.2", "part 0.1235", "share 0.1235 0.1235"):
+        page.write_text(told.format("", wrong))
+        with pytest.raises(pytest.fail.Exception, match=r"page.md, line 1: prints\nshare 0.123456"):
+            run_page(page)
+
+
+def test_what_needs_weights_runs_where_they_are(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- data: no_such_model -->\n```python\nraise RuntimeError\n```\n")
+    run_page(page)
+    Path("no_such_model").mkdir()
+    with pytest.raises(RuntimeError):
         run_page(page)
 
 

@@ -1,4 +1,4 @@
-"""The benchmark scripts, at tiny sizes: their arithmetic, their peers, and from measuring to the README's table."""
+"""The benchmark scripts, at tiny sizes: their arithmetic, their peers, and from measuring to the pages' tables."""
 
 from __future__ import annotations
 
@@ -306,8 +306,10 @@ def test_stand_ins_return_what_the_layers_returned(script, name):
     assert np.array_equal(wrapped.trace().calls, replayed.trace().calls)
 
 
-def test_the_readme_says_what_the_results_say(script):
+def test_the_pages_say_what_the_results_say(script):
     script("table").main(["--check"])
+    first = script("table").render_first().splitlines()
+    assert len(first) == 2 + 5 + 2, "five rows"
 
 
 def test_the_table_goes_between_the_markers_and_is_checked(script, tmp_path, capsys):
@@ -326,24 +328,42 @@ def test_the_table_goes_between_the_markers_and_is_checked(script, tmp_path, cap
     results = {"script": "overhead", "machine": machine, "cases": [case, case | {"failed": "x", "variants": {}}]}
     del results["cases"][1]["variants"]
     (tmp_path / "a.json").write_text(json.dumps(results))
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- overhead -->\nold\n<!-- end -->\nafter\n")
-    options = ["--results", str(tmp_path), "--readme", str(readme)]
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("<!-- cost -->\n\n<!-- end -->\n")
+    page = tmp_path / "docs" / "benchmarks.md"
+    page.write_text("before\n<!-- overhead -->\nold\n<!-- end -->\nafter\n<!-- detection -->\n\n<!-- end -->\n")
+    options = ["--results", str(tmp_path), "--root", str(tmp_path)]
     with pytest.raises(SystemExit, match="is not what the results say"):
         table.main(["--check", *options])
-    assert "old" in readme.read_text()
+    assert "old" in page.read_text()
     table.main(options)
     assert "left out m blocks graph: x" in capsys.readouterr().err
     table.main(["--check", *options])
-    lines = readme.read_text().splitlines()
+    lines = page.read_text().splitlines()
     assert lines[:2] == ["before", "<!-- overhead -->"]
-    assert lines[-2:] == ["<!-- end -->", "after"]
+    assert lines[-5:] == ["<!-- end -->", "after", "<!-- detection -->", "", "<!-- end -->"]
     row = "| m, batch 2 | graph | blocks (7) | 2.0 ms | 0.50 % (0.25 % to 1.00 %) | failed | 0.50 % (7 layers) |"
     assert [line for line in lines if line.startswith("| m,")] == [row]  # and no column for nervecode
     assert "a device, torch 2, triton 3; `benchmarks/overhead.py`." in lines
-    readme.write_text("no markers\n")
+    page.write_text("no markers\n")
     with pytest.raises(SystemExit, match="has no part between"):
         table.main(options)
+
+
+def test_the_first_page_has_what_a_step_takes_longer_where_that_was_measured(script, tmp_path):
+    variants = {name: {"added_seconds": seconds} for name, seconds in (("noesis", 1e-4), ("hooks", 5e-4))}
+    alone = {"model": "mlp", "layers": "leaves", "observed": 5, "mode": "outputs", "variants": variants}
+    variants = {"bare": {"seconds": 1e-3}, "noesis": {"overhead_percent": 9.5}, "hooks": {"overhead_percent": 45.9}}
+    machine = {"device": "a device", "kind": "cpu", "torch": "2", "triton": None}
+    results = {"script": "overhead", "machine": machine, "cases": [alone]}
+    (tmp_path / "outputs.json").write_text(json.dumps(results))
+    assert "| 5 | 100 µs | 500 µs |" in script("table").render_first(tmp_path)
+    results["cases"] = [alone | {"mode": "eager", "variants": variants}]
+    (tmp_path / "whole.json").write_text(json.dumps(results))
+    assert ", in 1.0 ms | 5 | 100 µs (9.50 %) | 500 µs (45.9 %) |" in script("table").render_first(tmp_path)
+    results["machine"] = machine | {"device": "another"}  # whose steps are no measure of the first
+    (tmp_path / "whole.json").write_text(json.dumps(results))
+    assert "| 5 | 100 µs | 500 µs |" in script("table").render_first(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
 BENCHMARKS = ROOT / "benchmarks"
+#: Real weights and data, where they are.
+DATA = Path(os.environ.get("NOESIS_DATA", ROOT.parent / "shared" / "data"))
 
 
 def load_example(name: str) -> ModuleType:

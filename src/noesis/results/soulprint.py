@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 class Soulprint(Saved, Tabular):
     """Each layer's mean and standard deviation, averaged over the steps of a run.
 
+    Each step counts once. So `stds` are not those of `trace.totals`, which are of all numbers of the run: larger where
+    means move from step to step, and nearer to the steps with more elements.
+
     As a table (`to_csv`, `to_dataframe`) it has a row per layer.
 
     Attributes:

@@ -48,7 +48,8 @@ class Trace(Saved, Tabular):
         batches: int [steps], the batch size of each forward.
         order: int [steps, layers], when a layer first ran within the step, from 1; 0 if it did not.
         calls: int [steps, layers], how often it ran within the step.
-        totals: float64 [layers, stats] over the whole run, also over steps the ring dropped.
+        totals: float64 [layers, stats] over all numbers of the whole run, also of steps the ring dropped; what `print`
+            shows. A soulprint averages over the steps instead.
         averages: float64 [layers, 3]: steps run, and sums over them of the means and of the stds.
         dropped_steps: how many steps at the start of the run are only in `totals` and `averages`.
         unmeasured: layers that ran with an output that cannot be measured, and why.
