@@ -30,6 +30,7 @@ PUBLIC = [
     "Divergence",
     "DriftMonitor",
     "Fidelity",
+    "ModelDiff",
     "NoesisError",
     "NoesisWarning",
     "Observed",
@@ -44,6 +45,7 @@ PUBLIC = [
     "__version__",
     "capture",
     "compare",
+    "diff",
     "token_deltas",
     "unwrap",
     "unwrapped",
@@ -159,8 +161,9 @@ HOUSE: dict[str, set[str]] = {
     },
     "integrations": {"wrapping", "surprise", "results", "layers", "files"},
     "testing": {"results", "files", "numerics"},
-    "cli": {"wrapping", "observing", "results", "plots", "layers", "files"},
-    "": {"wrapping", "observing", "surprise", "results"},
+    "diffing": {"wrapping", "results", "layers", "numerics"},
+    "cli": {"diffing", "wrapping", "observing", "results", "plots", "layers", "files"},
+    "": {"diffing", "wrapping", "observing", "surprise", "results"},
 }
 EVERYWHERE = {"_version", "errors", "text"}  # imports nothing itself
 #: Doors within packages; of the others the package itself is the door.

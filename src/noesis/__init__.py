@@ -11,6 +11,7 @@ from loguru import logger as _logger
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .diffing import diff
     from .errors import NoesisError, NoesisWarning
     from .observing import Observed
     from .results import (
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         Comparison,
         Divergence,
         Fidelity,
+        ModelDiff,
         ParameterNorms,
         Routes,
         Soulprint,
@@ -42,6 +44,7 @@ __all__ = [
     "Divergence",
     "DriftMonitor",
     "Fidelity",
+    "ModelDiff",
     "NoesisError",
     "NoesisWarning",
     "Observed",
@@ -56,6 +59,7 @@ __all__ = [
     "__version__",
     "capture",
     "compare",
+    "diff",
     "token_deltas",
     "unwrap",
     "unwrapped",
@@ -75,6 +79,7 @@ _HOMES = {
     "DriftMonitor": "surprise",
     "NoesisError": "errors",
     "NoesisWarning": "errors",
+    "ModelDiff": "results",
     "Observed": "observing",
     "ParameterNorms": "results",
     "Routes": "results",
@@ -86,6 +91,7 @@ _HOMES = {
     "Wrapped": "wrapping",
     "capture": "wrapping",
     "compare": "results",
+    "diff": "diffing",
     "token_deltas": "results",
     "unwrap": "wrapping",
     "unwrapped": "wrapping",

@@ -19,6 +19,7 @@ import diffusers
 import numpy as np
 import PIL.Image
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -149,6 +150,13 @@ def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
         ("compare a b --top 25 --baseline d --csv f --json f.json --plot f.png --fail-over 0.1", "compare"),
         ("compare-unet-soulprints a b --top 10 --csv f", "compare"),
         ("soulprint-compare a b --run-a x --run-b y --json", "compare"),
+        (
+            (
+                "diff a b --prompts p --layers all --dtype-a float32 --dtype-b bfloat16 --adapter-b l --device cpu "
+                "--baseline 2 --match-order --seed 1 --steps 3 --plot f.png --force --json --fail-over 0.1"
+            ),
+            "diff",
+        ),
         ("tokens --model m --a x --b y --plot f.png --layers all --threshold 0.1 --json", "tokens"),
         ("routes --model m --prompt p --out f.json --plot f.png --json", "routes"),
         ("trace-moe --model m --prompt p", "routes"),
@@ -650,6 +658,137 @@ def test_summarize(run: Run, v01: Path, tmp_path: Path) -> None:
 def test_summarize_one_step(run: Run, v01: Path) -> None:
     printed = json.loads(run("summarize", v01 / "run_a", "--step", 2, "--json").out)
     assert printed["means"] == noesis.Trace.load(v01 / "run_a")["mean"][2].tolist()
+
+
+# ---------------------------------------------------------------- diff
+
+
+PROMPTS = ("Once upon a time", "Tom was happy because", "Lily went to the park", "The dog ran", "One day a cat")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return write(tmp_path / "prompts.txt", "\n".join([*PROMPTS, "", ""]))
+
+
+@pytest.mark.data
+def test_diff_names_what_changed(run: Run, llama: Path, changed_llama: Path, prompts: Path, tmp_path: Path) -> None:
+    line = ["diff", llama, changed_llama, "--prompts", prompts]
+    done = run(*line, "--plot", tmp_path / "diff.png")
+    assert done.code == 0
+    assert "first divergence: model.layers.3 (relative error " in done.out
+    assert "weights: 1 of 49 changed\n" in done.out
+    assert "model.layers.3.mlp.down_proj.weight" in done.out
+    assert kind_of_image(tmp_path / "diff.png") == "PNG"
+    found = noesis.ModelDiff.from_json(run(*line, "--layers", "mlp", "--baseline", 2, "--json").out)
+    assert (found.labels, found.repeats) == (list(PROMPTS), 2)
+    assert found.changed == ["model.layers.3.mlp", "model.layers.4.mlp", "(output)"]
+    assert found.weights[0].relative == pytest.approx(0.3, rel=1e-5)
+
+
+@pytest.mark.data
+def test_diff_fails_over_a_bound(run: Run, llama: Path, changed_llama: Path, prompts: Path) -> None:
+    line = ["diff", llama, changed_llama, "--prompts", prompts]
+    distance = noesis.ModelDiff.from_json(run(*line, "--json").out).distance
+    assert run(*line, "--fail-over", distance).code == 0
+    done = run(*line, "--fail-over", 0.9 * distance)
+    assert done.code == 1
+    assert f"noesis: the relative error {distance:.4g} is over" in done.err
+    done = run("diff", llama, llama, "--prompts", prompts, "--fail-over", 0)
+    assert (done.code, done.out.partition(":")[0]) == (0, "no difference")
+
+
+@pytest.mark.data
+def test_diff_of_dtypes_and_adapters(run: Run, llama: Path, prompts: Path, tmp_path: Path) -> None:
+    done = run("diff", llama, llama, "--dtype-b", "bfloat16", "--prompts", prompts)
+    assert "different meta: dtype 'float32' -> 'bfloat16'" in done.out
+    assert "first divergence: none beyond rounding (relative error 0.031) and control" in done.out
+    model, _ = models.load_language_model(str(llama), "cpu")
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=[2], init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    done = run("diff", llama, llama, "--adapter-b", tmp_path / "adapter", "--prompts", prompts)
+    assert "first divergence: model.layers.2 (relative error " in done.out
+    assert "model.layers.2.self_attn.q_proj.weight" in done.out
+
+
+@pytest.mark.data
+def test_diff_of_pipelines(run: Run, data: Path) -> None:
+    folder = data / "fashion_t2i"
+    done = run("diff", folder, folder, "--prompts", "a coat", "a bag", "--steps", 2, "--dtype-b", "bfloat16")
+    assert done.code == 0
+    assert "over 2 inputs: relative error up to " in done.out
+    assert "mid_block.resnets.0" in done.out
+
+
+def test_diff_of_classifiers_takes_tensors(run: Run, tmp_path: Path) -> None:
+    config = transformers.ResNetConfig(
+        num_channels=1, embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], num_labels=3, layer_type="basic"
+    )
+    for name, seed in (("a", 0), ("b", 1)):
+        torch.manual_seed(seed)
+        transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / name)
+    pixels = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    np.savez(tmp_path / "x.npz", pixel_values=pixels.numpy())
+    torch.save({"pixel_values": pixels, "labels": torch.zeros(4, dtype=torch.long)}, tmp_path / "x.pt")
+    safetensors.torch.save_file({"pixel_values": pixels}, tmp_path / "x.safetensors")
+    found = []
+    for suffix in ("npz", "pt", "safetensors"):
+        done = run("diff", tmp_path / "a", tmp_path / "b", "--prompts", tmp_path / f"x.{suffix}", "--json")
+        found.append(noesis.ModelDiff.from_json(done.out))
+    assert [(len(each.labels), each.predictions) for each in found] == [(4, 4)] * 3
+    assert found[0].errors.tolist() == found[2].errors.tolist()
+    assert all(flip.a.startswith("LABEL_") for flip in found[0].flips)
+    done = run("diff", tmp_path / "a", tmp_path / "a", "--prompts", tmp_path / "x.npz", "--fail-over", 0)
+    assert (done.code, done.out.partition(":")[0]) == (0, "no difference")
+
+
+@pytest.mark.data
+def test_diff_of_saved_captures(run: Run, llama: Path, changed_llama: Path, prompts: Path, tmp_path: Path) -> None:
+    for name, folder in (("a", llama), ("b", changed_llama)):
+        model, tokenizer = models.load_language_model(str(folder), "cpu")
+        for number, text in enumerate(PROMPTS):
+            with noesis.capture(model) as acts:
+                language_models.forward(model, tokenizer, text)
+            acts.save(tmp_path / name / f"{number}.safetensors")
+    done = run("diff", tmp_path / "a", tmp_path / "b")
+    assert "ModelDiff of 5 layers over 5 inputs" in done.out
+    assert "control: none" in done.out
+    assert "first divergence: model.layers.3 (relative error " in done.out
+    live = run("diff", tmp_path / "a", changed_llama, "--prompts", prompts)
+    assert "first divergence: model.layers.3 (relative error " in live.out
+    one = run("diff", tmp_path / "a" / "0.safetensors", tmp_path / "b" / "0.safetensors")
+    assert "one input: nothing is said of how surely" in one.out
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a b", "--prompts is not given"),
+        ("a b --prompts missing.txt", "missing.txt is not there"),
+        ("a b --prompts bad.npz", "bad.npz cannot be read"),
+        ("a b --prompts uneven.pt", "as many rows in each"),
+        ("a b --prompts other.pt", "other.pt holds something else than tensors"),
+        ("a b --prompts empty.txt", "--prompts holds no input"),
+        ("a b --prompts text --steps 3", "neither model is a pipeline"),
+        ("a b --prompts text --fail-over -1", "argument --fail-over: '-1' is no number from 0"),
+        ("missing/x/y b --prompts text", "missing/x/y is not there"),
+    ],
+)
+def test_diff_says_what_is_wrong(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "config.json", '{"model_type": "llama"}')
+    write(tmp_path / "bad.npz", "no archive")
+    write(tmp_path / "empty.txt", "\n\n")
+    torch.save({"x": torch.ones(2, 3), "y": torch.ones(3, 3)}, tmp_path / "uneven.pt")
+    torch.save([1, 2], tmp_path / "other.pt")
+    done = run("diff", *line.split())
+    assert (done.code, done.out) == (2, "")
+    assert message in done.err
 
 
 # ---------------------------------------------------------------- tokens, routes, layers

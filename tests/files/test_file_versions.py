@@ -18,6 +18,7 @@ from torch import nn
 import noesis
 from noesis.files import heading
 from noesis.files.versions import VERSIONS, check_header
+from noesis.results import Flip, WeightChange
 from noesis.surprise import LayerSurprise
 from noesis.testing.snapshot import Snapshot
 
@@ -106,6 +107,18 @@ def a_fidelity() -> noesis.Fidelity:
     return noesis.Fidelity(["a", "b"], *numbers, np.array([0.25, np.nan, np.inf]), {"c": "only in a"}, {"a": {}})
 
 
+def a_diff() -> noesis.ModelDiff:
+    a, b = (
+        [noesis.Activations({"a": [torch.arange(6.0).reshape(1, 3, 2) + shift + at]}) for at in range(2)]
+        for shift in (0, 1)
+    )
+    found = noesis.diff(a, b)
+    found.flips, found.predictions = [Flip(1, 0, "x", "y", 0.5, 0.25)], 3
+    found.weights, found.weights_compared = [WeightChange("a.weight", 0.5, float("inf"), estimated=True)], 2
+    found.weights_only_in_b, found.renamed = ["b.weight"], {"a": "c"}
+    return found
+
+
 def inputs() -> torch.Tensor:
     return torch.sin(torch.arange(900.0)).reshape(300, 3)
 
@@ -140,6 +153,7 @@ def write_all() -> None:
     Snapshot.of(trace).save(FILES / "snapshot.json")
     some_activations().save(FILES / "activations.safetensors")
     some_deltas().save(FILES / "token_deltas.json")
+    a_diff().save(FILES / "model_diff.json")
     wrapped = watched()
     wrapped.calibrate([inputs()], progress=False)
     wrapped.save_calibration(FILES / "calibration.safetensors")
@@ -236,3 +250,7 @@ def test_fidelity(suffix: str) -> None:
 @pytest.mark.parametrize("suffix", ["safetensors", "json"])
 def test_parameter_norms(suffix: str) -> None:
     equal(a_weighing(), noesis.ParameterNorms.load(FILES / f"parameter_norms.{suffix}"))
+
+
+def test_model_diffs() -> None:
+    equal(a_diff(), noesis.ModelDiff.load(FILES / "model_diff.json"))

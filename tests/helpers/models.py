@@ -50,3 +50,21 @@ class TopKRouter(nn.Module):
         logits = nn.functional.linear(x.reshape(-1, x.shape[-1]), self.weight)
         weights, indices = torch.topk(logits.float().softmax(-1), self.top_k, dim=-1)
         return logits, weights, indices
+
+
+class Garments(nn.Module):
+    """The trained classifier of the data folder."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width_in, width, stride in ((3, 16, 2), (16, 32, 1), (32, 48, 1)):
+            layers += [nn.Conv2d(width_in, width, 3, stride, 1), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] if width > 16 else []
+        self.features = nn.Sequential(*layers)
+        self.hidden = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(768, 32), nn.ReLU())
+        self.classifier = nn.Linear(32, 20)
+        self.load_state_dict(weights)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.hidden(self.features(x)))

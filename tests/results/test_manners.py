@@ -16,6 +16,7 @@ import torch
 import noesis
 from noesis.errors import BadFile, Inaccessible, MissingExtra
 from noesis.kernels.routing import FIELDS
+from noesis.results import Flip, WeightChange
 from noesis.results.tabular import Tabular
 from noesis.surprise import LayerSurprise
 
@@ -108,7 +109,20 @@ def faithful(names: list[str]) -> noesis.Fidelity:
     return noesis.compare(noesis.Activations(x), noesis.Activations({**y, "more": []}))
 
 
-RESULTS = [faithful, weighed, traced, printed, compared, judged, surprised, routed, apart, captured]
+def differing(names: list[str]) -> noesis.ModelDiff:
+    def captures(seed: int) -> list[noesis.Activations]:
+        generator = torch.Generator().manual_seed(seed)
+        calls = [{name: [torch.randn(1, 3, 4, generator=generator)] for name in names} for _ in range(3)]
+        calls[seed][names[1]][0][0, 2, 0] = torch.nan
+        return [noesis.Activations(each, meta={"seed": seed}) for each in calls]
+
+    found = noesis.diff(captures(0), captures(1))
+    found.flips = [Flip(0, 2, names[3], names[4], 0.5, float("nan"))]
+    found.weights = [WeightChange(names[5], 0.25, float("inf"), estimated=True)]
+    return found
+
+
+RESULTS = [differing, faithful, weighed, traced, printed, compared, judged, surprised, routed, apart, captured]
 
 
 # Files and JSON.

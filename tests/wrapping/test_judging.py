@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import noesis
+from helpers.models import Garments
 from helpers.processes import in_threads, one_thread
 from noesis.errors import NoesisError
 from noesis.results import Judgement, Surprise
@@ -221,24 +222,6 @@ def test_a_judged_forward_takes_part_in_training(net: Net) -> None:
 
 
 # ---------------------------------------------------------------- threads
-
-
-class Garments(nn.Module):
-    """The trained classifier of the data folder."""
-
-    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for width_in, width, stride in ((3, 16, 2), (16, 32, 1), (32, 48, 1)):
-            layers += [nn.Conv2d(width_in, width, 3, stride, 1), nn.BatchNorm2d(width), nn.ReLU()]
-            layers += [nn.MaxPool2d(2)] if width > 16 else []
-        self.features = nn.Sequential(*layers)
-        self.hidden = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(768, 32), nn.ReLU())
-        self.classifier = nn.Linear(32, 20)
-        self.load_state_dict(weights)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.hidden(self.features(x)))
 
 
 @pytest.fixture

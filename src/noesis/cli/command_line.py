@@ -1,7 +1,7 @@
 """The command line: reads arguments, has the command run, prints.
 
 Results go to stdout and nothing else does; progress, notes and errors go to stderr. The exit code
-is 0, 1 (`compare --fail-over`, past the bound), 2 (an error, told in one line) or 130 (interrupted).
+is 0, 1 (`--fail-over`, past the bound), 2 (an error, told in one line) or 130 (interrupted).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"noesis {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_demo, _trace, _show, _summarize, _compare, _tokens, _routes, _layers):
+    for add in (_demo, _trace, _show, _summarize, _compare, _diff, _tokens, _routes, _layers):
         add(commands)
     return parser
 
@@ -191,6 +191,49 @@ def _compare(commands: Any) -> None:
     _add_force(parser)
     parser.add_argument(
         "--fail-over", type=_distance, metavar="DISTANCE", help="exit with 1 when the distance is larger; for CI"
+    )
+
+
+def _diff(commands: Any) -> None:
+    about = "What differs between two models that are given the same inputs: layers, predictions, weights."
+    parser = _command(commands, "diff", about)
+    for name in "ab":
+        parser.add_argument(
+            f"model_{name}",
+            metavar=f"MODEL_{name.upper()}",
+            help="a folder of save_pretrained, or an id; or captures: a file, or a folder of one for each input",
+        )
+    parser.add_argument(
+        "--prompts",
+        nargs="+",
+        metavar="FILE|TEXT",
+        help="texts; files of one a line; or .npz, .pt or .safetensors of tensors [inputs, ...]; give 8 or more",
+    )
+    _add_layers(parser)
+    for name in "ab":
+        parser.add_argument(f"--dtype-{name}", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
+    parser.add_argument("--adapter-b", metavar="DIR_OR_ID", help="a LoRA, or another adapter of PEFT, for MODEL_B")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps, ...")
+    parser.add_argument(
+        "--baseline",
+        type=_from_zero,
+        default=1,
+        metavar="N",
+        help="run A so many times more, to know what a model differs from itself (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--match-order", action="store_true", help="pair layers and weights that were renamed, by shape and order"
+    )
+    _add_seed(parser)
+    parser.add_argument("--steps", type=_positive, metavar="N", help="of pipelines")
+    parser.add_argument("--plot", metavar="FILE", help="draw the relative error by layer and input")
+    _add_force(parser)
+    _add_json(parser)
+    parser.add_argument(
+        "--fail-over",
+        type=_distance,
+        metavar="ERROR",
+        help="exit with 1 when a layer's relative error is larger, at 0 when any bit differs; for CI",
     )
 
 

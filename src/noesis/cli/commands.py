@@ -167,6 +167,23 @@ def _layers(args: Namespace, _: Note) -> Answer:
     return Answer(text, json)
 
 
+def _diff(args: Namespace, note: Note) -> Answer:
+    from .two_models import diff_of
+
+    check_outputs([("--plot", args.plot)], args.force)
+    if args.plot is not None:
+        require("matplotlib", extra="viz", purpose="--plot")  # before the models run, not after
+    args.layers = _selector(args)
+    result = diff_of(args)
+    _draw(result, args.plot, note)
+    # Not `distance > bound`: one that is NaN has to fail too; and 0 allows no bit, of elements that were not kept too.
+    failed = args.fail_over is not None and not result.distance <= args.fail_over
+    failed |= args.fail_over == 0 and not result.equal.all()
+    if failed:
+        note(f"the relative error {result.distance:.4g} is over {args.fail_over:g}")
+    return Answer(lambda: str(result), result.to_json, FAILED if failed else 0)
+
+
 # ---------------------------------------------------------------- saved runs
 
 
@@ -322,6 +339,7 @@ COMMANDS: dict[str, Callable[[Namespace, Note], Answer]] = {
     "show": _show,
     "summarize": _summarize,
     "compare": _compare,
+    "diff": _diff,
     "tokens": _tokens,
     "routes": _routes,
     "layers": _layers,

@@ -82,13 +82,14 @@ def device_of(name: str) -> str:
     return name
 
 
-def load_pipeline(model: str, device: str = "auto", dtype: str = "auto") -> Any:
+def load_pipeline(model: str, device: str = "auto", dtype: str = "auto", adapter: str | None = None) -> Any:
     """A diffusers pipeline from a folder or an id, on its device.
 
     Args:
         model: what `DiffusionPipeline.from_pretrained` takes.
         device: as `device_of` takes it.
         dtype: "float32", "float16", "bfloat16", or "auto" for diffusers' default.
+        adapter: what the pipeline's `load_lora_weights` takes.
 
     Raises:
         NoesisError: when diffusers is not installed or cannot load it.
@@ -97,7 +98,47 @@ def load_pipeline(model: str, device: str = "auto", dtype: str = "auto") -> Any:
     where, number = device_of(device), _dtype_of(dtype)
     with _loading(model, "a diffusers pipeline"):
         options = {} if number == "auto" else {_dtype_key(diffusers, (0, 42)): number}
-        return diffusers.DiffusionPipeline.from_pretrained(model, **_local(model), **options).to(where)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(model, **_local(model), **options).to(where)
+    if adapter is not None:
+        with _loading(adapter, f"an adapter of {type(pipeline).__name__}"):
+            pipeline.load_lora_weights(adapter)
+    return pipeline
+
+
+def load_model(
+    model: str, device: str = "auto", dtype: str = "auto", adapter: str | None = None
+) -> tuple[nn.Module, Any]:
+    """A model of transformers, of the class that its configuration names, and its tokenizer, None where it has none.
+
+    Args:
+        model: what `from_pretrained` takes.
+        device: as `device_of` takes it.
+        dtype: "float32", "float16", "bfloat16", or "auto" for the dtype of the checkpoint.
+        adapter: a folder or an id of an adapter of PEFT.
+
+    Raises:
+        NoesisError: when transformers or peft is not installed, or cannot load it.
+    """
+    transformers = require("transformers", extra="transformers", purpose="A model")
+    where, number = device_of(device), _dtype_of(dtype)
+    with _loading(model, "a model of transformers"):
+        config = transformers.AutoConfig.from_pretrained(model, **_local(model))
+        named = (config.architectures or [""])[0]
+    if not hasattr(transformers, named) or named.endswith("ForCausalLM"):
+        loaded, tokenizer = load_language_model(model, device, dtype)
+    else:
+        with _loading(model, f"a {named}"):
+            options = {_dtype_key(transformers, (4, 56)): number}
+            loaded = getattr(transformers, named).from_pretrained(model, **_local(model), **options).to(where)
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model, **_local(model))
+        except (OSError, ValueError, KeyError, ImportError):  # of models that take no text
+            tokenizer = None
+    if adapter is not None:
+        peft = require("peft", extra="peft", purpose="--adapter-b")
+        with _loading(adapter, "an adapter of PEFT"):
+            loaded = peft.PeftModel.from_pretrained(loaded, adapter).eval()
+    return loaded, tokenizer
 
 
 def load_language_model(model: str, device: str = "auto", dtype: str = "auto") -> tuple[nn.Module, Any]:

@@ -16,6 +16,7 @@ VERSIONS = {
     "comparison": 1,
     "drift_monitor": 1,
     "fidelity": 1,
+    "model_diff": 1,
     "parameter_norms": 1,
     "routes": 1,
     "run_state": 1,

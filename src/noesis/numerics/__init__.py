@@ -5,7 +5,7 @@ from .arrays import Floats, Ints, as_floats, no_nan
 from .clustering import k_means, spread_start
 from .cosine import cosine_delta
 from .sampling import Reservoir
-from .significance import benjamini_hochberg, layer_tests
+from .significance import benjamini_hochberg, layer_tests, paired_tests
 
 __all__ = [
     "Floats",
@@ -19,6 +19,7 @@ __all__ = [
     "k_means",
     "layer_tests",
     "no_nan",
+    "paired_tests",
     "spread_start",
     "with_substitutions",
 ]

@@ -109,6 +109,32 @@ def _polygamma(order: int, x: float) -> float:
     return float(torch.special.polygamma(order, torch.tensor(x, dtype=torch.float64)))
 
 
+def paired_tests(differences: Floats, least_spread: float, *, larger: bool = False) -> Floats:
+    """How surely the mean difference of pairs is not zero, layer by layer: the p-values of Student's paired t.
+
+    Args:
+        differences: [pairs, layers], finite, of at least two pairs.
+        least_spread: a standard deviation over pairs that is smaller is taken to be this.
+        larger: ask for a mean above zero alone (one-sided).
+
+    Returns:
+        float64 [layers].
+
+    Example:
+        >>> import numpy as np
+        >>> from noesis.numerics import paired_tests
+        >>> paired_tests(np.array([[1.0, 1.0], [2.0, -2.0], [3.0, 1.0]]), 1e-6).round(3)
+        array([0.074, 1.   ])
+    """
+    pairs = len(differences)
+    mean = differences.mean(0)
+    spread = np.maximum(differences.std(0, ddof=1), least_spread)
+    t = np.clip(mean / (spread / math.sqrt(pairs)), -LARGEST_T, LARGEST_T)
+    both = student_t_two_sided(t, pairs - 1)
+    result: Floats = np.where(t > 0, both / 2, 1 - both / 2) if larger else both
+    return result
+
+
 def student_t_two_sided(t: Floats, freedom: int) -> Floats:
     """P(|T| >= |t|) for Student's t with a whole number of degrees of freedom.
 

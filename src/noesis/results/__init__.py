@@ -2,11 +2,13 @@
 
 from .activations import Activations, bytes_of
 from .columns import COLUMNS, from_known, from_rows, merged_known, names_of, to_known, to_rows
-from .comparing import compare
+from .comparing import compare, effect_sizes
 from .comparison import Comparison
-from .divergence import Divergence, allowances, allowed, divergences
+from .divergence import Divergence, allowances, allowed, divergences, rounding
 from .fidelity import Fidelity
 from .loading import load_run, load_runs
+from .model_changes import Flip, Parting, WeightChange
+from .model_diff import ModelDiff
 from .named_scalars import STATS, scalars, under
 from .parameter_norms import ParameterNorms
 from .routes import Routes
@@ -28,9 +30,12 @@ __all__ = [
     "Comparison",
     "Divergence",
     "Fidelity",
+    "Flip",
     "Judgement",
     "LayerSurprise",
+    "ModelDiff",
     "ParameterNorms",
+    "Parting",
     "Reason",
     "Routes",
     "Saved",
@@ -38,12 +43,14 @@ __all__ = [
     "Surprise",
     "TokenDeltas",
     "Trace",
+    "WeightChange",
     "allowances",
     "allowed",
     "asked_for",
     "bytes_of",
     "compare",
     "divergences",
+    "effect_sizes",
     "fields_for",
     "fields_of",
     "from_known",
@@ -52,6 +59,7 @@ __all__ = [
     "load_runs",
     "merged_known",
     "names_of",
+    "rounding",
     "scalars",
     "stats_of",
     "to_known",

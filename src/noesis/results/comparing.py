@@ -159,7 +159,7 @@ def _common(first: Averaged, others: list[Averaged]) -> list[str]:
 
 def _changes(mean_a: Floats, std_a: Floats, mean_b: Floats, std_b: Floats) -> dict[str, Any]:
     """How layers differ, float64 [layers], by the names that `Row` has for it."""
-    mean_effect, std_effect = _effects(mean_a, std_a, mean_b, std_b)
+    mean_effect, std_effect = effect_sizes(mean_a, std_a, mean_b, std_b)
     return {
         "mean_a": mean_a,
         "mean_b": mean_b,
@@ -174,8 +174,8 @@ def _changes(mean_a: Floats, std_a: Floats, mean_b: Floats, std_b: Floats) -> di
     }
 
 
-def _effects(mean_a: Floats, std_a: Floats, mean_b: Floats, std_b: Floats) -> tuple[Floats, Floats]:
-    """Difference of means in pooled standard deviations, and log ratio of standard deviations."""
+def effect_sizes(mean_a: Floats, std_a: Floats, mean_b: Floats, std_b: Floats) -> tuple[Floats, Floats]:
+    """Difference of means in pooled standard deviations, and log ratio of standard deviations, both of one shape."""
     with np.errstate(divide="ignore", invalid="ignore"):
         spread = pooled_std(std_a, std_b)
         size = np.maximum(np.abs(mean_a), np.abs(mean_b))

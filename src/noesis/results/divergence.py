@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,6 +99,18 @@ def allowed(a: Stepwise, b: Stepwise, tolerance: float | None) -> tuple[float, f
 def resolution(*runs: Stepwise) -> float:
     """What the coarsest dtype among runs resolves, of their parameters or of autocast."""
     return max(RESOLUTION.get(name, RESOLUTION["float32"]) for run in runs for name in _dtypes(run.meta))
+
+
+def rounding(dtypes: Iterable[str]) -> float:
+    """How far numbers computed in some dtypes may be apart, in their own size, before it is more than rounding.
+
+    Example:
+        >>> from noesis.results.divergence import rounding
+        >>> rounding(["float32"]), rounding(["float32", "bfloat16"])
+        (1e-05, 0.03125)
+    """
+    coarsest = max((RESOLUTION.get(name, 0.0) for name in dtypes), default=0.0)
+    return max(TOLERANCE, ROUNDINGS * coarsest if coarsest > RESOLUTION["float32"] else 0.0)
 
 
 def _dtypes(meta: dict[str, Any]) -> list[str]:

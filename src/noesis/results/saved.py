@@ -36,7 +36,7 @@ class Saved:
         """Write a file of the kind that the suffix says, whole or not at all; one that is there is replaced.
 
         Args:
-            path: `.json`, `.json.gz` or `.safetensors`; token deltas and comparisons are JSON alone.
+            path: `.json`, `.json.gz` or `.safetensors`; token deltas, comparisons and diffs are JSON alone.
 
         Raises:
             NoesisError: (a ValueError) for another suffix; (an OSError) where the file cannot be written.

@@ -2,10 +2,10 @@
 
 from .alarms import Alarm, AlarmRaised, Alarms
 from .calibration_loop import evaluating
-from .capturing import capture
+from .capturing import capture, each_output
 from .run_state import RunState
 from .unwrapping import unwrap, unwrapped
-from .wrap_model import wrap
+from .wrap_model import resolve, wrap
 from .wrapped import Wrapped
 
 __all__ = [
@@ -15,7 +15,9 @@ __all__ = [
     "RunState",
     "Wrapped",
     "capture",
+    "each_output",
     "evaluating",
+    "resolve",
     "unwrap",
     "unwrapped",
     "wrap",

@@ -7,7 +7,7 @@ It copies to the host at every layer, so it is for a few runs, not for productio
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,37 +63,62 @@ def capture(model: Any, layers: Layers = "blocks", *, max_bytes: int = 1 << 30) 
     chosen = choose(root, layers)
     acts = Activations({layer.name: [] for layer in chosen}, meta={"model": type(root).__name__})
     recording = _Recording(acts, bound)
-    handles: list[Any] = []
-    try:
-        handles.extend(layer.module.register_forward_hook(recording.hook(layer)) for layer in chosen)
+    with each_output(chosen, recording.keep):
         yield acts
-    finally:
-        recording.open = False
-        for handle in handles:
-            handle.remove()
     _check(acts)
     logger.debug("captured {} bytes of {} layers, {} never ran", acts.nbytes, len(acts), len(acts.never_ran))
 
 
+@contextmanager
+def each_output(chosen: Sequence[Layer], keep: Callable[[str, Tensor | None], None]) -> Iterator[None]:
+    """Hand on what layers return while the block lasts: the name of the layer, and its hidden state if it has one.
+
+    Example:
+        >>> import torch
+        >>> from noesis.layers import choose
+        >>> from noesis.wrapping import each_output
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU())
+        >>> with each_output(choose(model, "all"), lambda name, hidden: print(name, tuple(hidden.shape))):
+        ...     _ = model(torch.ones(2, 4))
+        0 (2, 8)
+        1 (2, 8)
+
+    Args:
+        chosen: layers of one model.
+        keep: called in the order in which layers end.
+    """
+    # Removing a hook does not reach a deep copy of the module, nor a graph that was compiled with it.
+    still = [True]
+    handles: list[Any] = []
+    try:
+        handles.extend(layer.module.register_forward_hook(_hook(layer, keep, still)) for layer in chosen)
+        yield
+    finally:
+        still.clear()
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(
+    layer: Layer, keep: Callable[[str, Tensor | None], None], still: list[bool]
+) -> Callable[[nn.Module, Any, Any], None]:
+    name, place, index = layer.name, layer.place, hidden_index(layer.module)
+
+    def hand_on(_module: nn.Module, _args: Any, output: Any) -> None:
+        # Inside a backward pass, a forward is the recomputation of activation checkpointing.
+        if still and not recomputing():
+            keep(name, hidden_state(output, index) if place is None else stream(output, place))
+
+    # Traced, lists that grow in `keep` would recompile at every step.
+    disable: Callable[..., Callable[[nn.Module, Any, Any], None]] = torch.compiler.disable
+    return disable(hand_on)
+
+
 class _Recording:
-    """Where the hooks of one capture put what they see."""
+    """Where one capture puts what layers return."""
 
     def __init__(self, acts: Activations, bound: int) -> None:
         self.acts, self.bound, self.held = acts, bound, 0
-        # Removing a hook does not reach a deep copy of the module, nor a graph that was compiled with it.
-        self.open = True
-
-    def hook(self, layer: Layer) -> Callable[[nn.Module, Any, Any], None]:
-        name, place, index = layer.name, layer.place, hidden_index(layer.module)
-
-        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-            # Inside a backward pass, a forward is the recomputation of activation checkpointing.
-            if self.open and not recomputing():
-                self.keep(name, hidden_state(output, index) if place is None else stream(output, place))
-
-        # Traced, the growing lists would recompile at every step.
-        disable: Callable[..., Callable[[nn.Module, Any, Any], None]] = torch.compiler.disable
-        return disable(keep)
 
     def keep(self, name: str, hidden: Tensor | None) -> None:
         if hidden is None:
