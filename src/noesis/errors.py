@@ -16,7 +16,7 @@ class NoesisError(Exception):
     `OSError`, `ImportError`, `MemoryError`, `RuntimeError`), so code that does not know
     noesis still catches what it means to catch.
 
-    Example:
+    Examples:
         >>> import noesis, torch
         >>> try:
         ...     noesis.wrap(torch.nn.Sequential(torch.nn.Linear(2, 2)), layers="atention")
@@ -91,7 +91,7 @@ def _restore(kind: type[NoesisError], message: str) -> NoesisError:
 def require(package: str, extra: str, purpose: str) -> ModuleType:
     """Import an optional package, or say which extra brings it.
 
-    Example:
+    Examples:
         >>> from noesis.errors import require
         >>> require("json", extra="viz", purpose="plots").__name__
         'json'

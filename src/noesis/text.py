@@ -14,7 +14,7 @@ LONGEST = 200
 def table(header: Sequence[str], lines: Sequence[Sequence[str]], most: int = MOST_ROWS) -> str:
     """Align the first column left and the others right.
 
-    Example:
+    Examples:
         >>> from noesis.text import table
         >>> print(table(["layer", "std"], [["fc1", "0.5"], ["head", "1.25"]]))
         layer   std
@@ -40,7 +40,7 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]], most: int = MOS
 def counted(number: int, noun: str) -> str:
     """A number and its noun, in the plural unless there is one.
 
-    Example:
+    Examples:
         >>> from noesis.text import counted
         >>> counted(1, "step"), counted(3, "step")
         ('1 step', '3 steps')
@@ -51,7 +51,7 @@ def counted(number: int, noun: str) -> str:
 def first_few(names: Sequence[str]) -> str:
     """Names on one line: of many the first six, and how many there are.
 
-    Example:
+    Examples:
         >>> from noesis.text import first_few
         >>> first_few(["fc1", "fc2"]), first_few("abcdefgh")
         ('fc1, fc2', 'a, b, c, d, e, f, ... (8)')
@@ -72,7 +72,7 @@ def plain(text: str) -> str:
 def escaped(text: str) -> str:
     r"""Text on one line, without what a terminal would obey: names come from models, and files from anybody.
 
-    Example:
+    Examples:
         >>> from noesis.text import escaped
         >>> print(escaped("fc" + chr(27) + "[2J"))
         fc\x1b[2J

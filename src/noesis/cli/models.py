@@ -33,7 +33,7 @@ def kind_of(model: str) -> Kind:
     Raises:
         NoesisError: when it is neither, or cannot be found.
 
-    Example:
+    Examples:
         >>> import pathlib, tempfile
         >>> from noesis.cli.models import kind_of
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +65,7 @@ def kind_of(model: str) -> Kind:
 def device_of(name: str) -> str:
     """The device a name means; "auto" is the accelerator there is, else the CPU.
 
-    Example:
+    Examples:
         >>> from noesis.cli.models import device_of
         >>> device_of("cpu")
         'cpu'

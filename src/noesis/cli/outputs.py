@@ -19,7 +19,7 @@ def check_outputs(outputs: Iterable[tuple[str, files.PathLike | None]], force: b
     Raises:
         NoesisError: naming the file.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from noesis.cli.outputs import check_outputs
         >>> with tempfile.NamedTemporaryFile() as file:

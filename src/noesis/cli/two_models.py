@@ -59,7 +59,7 @@ def inputs_of(given: list[str]) -> list[Any]:
 
     One tensor in a file is what the model is called with; several are keywords of that call.
 
-    Example:
+    Examples:
         >>> from noesis.cli.two_models import inputs_of
         >>> inputs_of(["Once upon a time", "Tom was happy"])
         ['Once upon a time', 'Tom was happy']

@@ -39,7 +39,7 @@ class Kept(NamedTuple):
 def keep(tensor: Tensor, most: int) -> Kept:
     """Keep of a dense tensor what a comparison needs, with at most `most` of its elements, spread evenly at random.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from noesis.diffing.kept import keep
         >>> kept = keep(torch.arange(1000.0), 10)

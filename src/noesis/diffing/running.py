@@ -43,7 +43,7 @@ class Asked(NamedTuple):
 def listed(inputs: Any) -> list[Any]:
     """Inputs one by one: the rows of a tensor or an array, the elements of a list.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from noesis.diffing.running import listed
         >>> [tuple(each.shape) for each in listed(torch.ones(2, 3))], listed("a coat")

@@ -68,7 +68,7 @@ def diff(
 
     Sources: Student's paired t over inputs; Benjamini & Hochberg 1995 (false discovery rate).
 
-    Example:
+    Examples:
         >>> import copy, torch, noesis
         >>> a = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
         >>> b = copy.deepcopy(a)

@@ -47,7 +47,7 @@ class Weight(NamedTuple):
 def without_adapters(name: str) -> str:
     """A name as it is in the model that an adapter or a data-parallel module was put around.
 
-    Example:
+    Examples:
         >>> from noesis.diffing.weights import without_adapters
         >>> without_adapters("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
         'model.layers.0.mlp.up_proj.weight'

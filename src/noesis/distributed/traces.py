@@ -52,7 +52,7 @@ def merge(traces: Sequence[Trace]) -> Trace:
     Raises:
         NoesisError: without traces, or when they hold different statistics.
 
-    Example:
+    Examples:
         >>> import torch, noesis
         >>> from noesis.distributed import merge
         >>> wrapped = noesis.wrap(torch.nn.Sequential(torch.nn.Identity()), layers="0")

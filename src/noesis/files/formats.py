@@ -131,7 +131,7 @@ def number_lists(array: NDArray[Any]) -> list[Any]:
 
     `np.asarray(..., dtype=np.float64)` makes numbers of all of them again.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from noesis.files import number_lists
         >>> number_lists(np.array([0.5, np.nan, -np.inf]))

@@ -41,7 +41,7 @@ def writer(target: Any) -> Writer:
     Raises:
         NoesisError: when it is none of these; and from what is returned, for a column that a CSV file does not have.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from noesis.files import writer

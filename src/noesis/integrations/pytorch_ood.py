@@ -30,7 +30,7 @@ class NoesisDetector:
     Attributes:
         wrapped: the model under observation, for p-values and reasons: `detector.wrapped.surprise()` after `predict`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from noesis.integrations.pytorch_ood import NoesisDetector
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))

@@ -30,7 +30,7 @@ class NoesisCallback(Callback):
     Raises:
         NoesisError: when an argument is of another kind or out of range.
 
-    Example:
+    Examples:
         >>> import torch, noesis
         >>> from noesis.integrations.trainer import NoesisCallback
         >>> wrapped = noesis.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)))  # or a model of transformers

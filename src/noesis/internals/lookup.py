@@ -20,7 +20,7 @@ def look_up(*paths: str, fits: Callable[[Any], bool], instead: str) -> Any:
     Returns:
         The value, or None.
 
-    Example:
+    Examples:
         >>> from noesis.internals.lookup import look_up
         >>> look_up("torch:no_such_name", "torch:is_tensor", fits=callable, instead="nothing").__name__
         'is_tensor'

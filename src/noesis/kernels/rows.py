@@ -54,7 +54,7 @@ def combine(parts: Any, xp: Any = np) -> Any:
     algorithm for computing sample variances"; for the third and fourth moments Pébay 2008, "Formulas
     for robust, one-pass parallel computation of covariances and arbitrary-order statistical moments".
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from noesis.kernels.layout import COUNT, FIELDS, MEAN, STD
         >>> from noesis.kernels.rows import combine

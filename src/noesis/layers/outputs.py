@@ -25,7 +25,7 @@ def hidden_state(output: Any, index: int | None = None, depth: int = 8) -> Tenso
     Returns:
         The tensor itself (not a copy), or None when there is no floating tensor.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from noesis.layers import hidden_state
         >>> hidden_state((torch.arange(3), {"h": torch.ones(2, 4)})).shape

@@ -27,7 +27,7 @@ def parts_of(model: nn.Module, chosen: list[nn.Module]) -> list[Part]:
         model: the one that was wrapped.
         chosen: its chosen layers.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from noesis.layers import parts_of
         >>> body = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2)))

@@ -48,7 +48,7 @@ class Router:
     def read(self, output: Any) -> tuple[Tensor, Tensor] | str:
         """Logits [..., experts] and indices [..., k] from an output, or why there are none.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from noesis.layers import Router
             >>> logits, indices = Router("gate", 0, experts=3, top_k=2).read(torch.tensor([[0.1, 0.7, 0.2]]))

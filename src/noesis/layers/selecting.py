@@ -55,7 +55,7 @@ _UNET = re.compile(r"^(?:down_blocks|mid_block|up_blocks)\..*\b(?:resnets|attent
 def select(model: nn.Module, layers: Layers) -> list[tuple[str, nn.Module]]:
     """The submodules of `model` that `layers` means, in the order of `named_modules()`; see `choose`.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from noesis.layers import select
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -81,7 +81,7 @@ def choose(model: nn.Module, layers: Layers) -> list[Layer]:
         NoesisError: (a ValueError) when something in `layers` selects nothing, with the near names;
             (a TypeError) when it is of another kind.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from noesis.layers import choose
         >>> class Dual(nn.Module):

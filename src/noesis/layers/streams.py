@@ -28,7 +28,7 @@ _HIDDEN, _STATES = "hidden_states", "_hidden_states"
 def hidden_index(module: nn.Module) -> int | None:
     """Which element of what a module returns is its hidden state; None where only the output can tell.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from noesis.layers.streams import hidden_index
         >>> class Dual(nn.Module):
@@ -48,7 +48,7 @@ def streams(module: nn.Module) -> dict[str, Place]:
     A stream is named as `forward` names it in its return statement, without the ending `_hidden_states`; but
     `encoder_hidden_states` is `text`.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from noesis.layers.streams import streams
         >>> class Dual(nn.Module):

@@ -17,7 +17,7 @@ def align(a: Sequence[Token], b: Sequence[Token]) -> tuple[list[int], list[int]]
     Of several longest ones: the common beginning first, then the common end; between them each pair, from the
     last one back, as early as possible in `b`, then in `a`.
 
-    Example:
+    Examples:
         >>> from noesis.numerics import align
         >>> align(["a", "cat", "sat"], ["a", "big", "cat", "sat"])
         ([0, 1, 2], [0, 2, 3])
@@ -39,7 +39,7 @@ def with_substitutions(
 ) -> tuple[list[int], list[int]]:
     """Aligned positions and, where as many elements lie between two of them in both sequences, these in order too.
 
-    Example:
+    Examples:
         >>> from noesis.numerics import with_substitutions
         >>> with_substitutions([0, 2], [0, 2], 3, 5)  # one between them, none and two after the last
         ([0, 1, 2], [0, 1, 2])

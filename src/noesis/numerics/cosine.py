@@ -10,7 +10,7 @@ from .arrays import Floats
 def cosine_delta(x: Floats, y: Floats) -> Floats:
     """1 - cosine of the rows of two float64 arrays `[n, width]`, in [0, 2]; NaN where one is not finite.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from noesis.numerics import cosine_delta
         >>> cosine_delta(np.array([[3.0, 0.0], [0.0, 0.0]]), np.array([[0.0, 2.0], [0.0, 0.0]]))

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 class Reservoir:
     """A uniform choice of samples from a stream of unknown length (Vitter 1985, algorithm R).
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from noesis.numerics import Reservoir
         >>> reservoir = Reservoir(3, np.random.default_rng(0))

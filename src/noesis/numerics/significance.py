@@ -120,7 +120,7 @@ def paired_tests(differences: Floats, least_spread: float, *, larger: bool = Fal
     Returns:
         float64 [layers].
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from noesis.numerics import paired_tests
         >>> paired_tests(np.array([[1.0, 1.0], [2.0, -2.0], [3.0, 1.0]]), 1e-6).round(3)
@@ -140,7 +140,7 @@ def student_t_two_sided(t: Floats, freedom: int) -> Floats:
 
     Source: Abramowitz & Stegun 1964, 26.7.3 and 26.7.4.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from noesis.numerics.significance import student_t_two_sided
         >>> student_t_two_sided(np.array([0.0, 2.365]), 7).round(3)
@@ -164,7 +164,7 @@ def benjamini_hochberg(p_values: Floats) -> Floats:
 
     Source: Benjamini & Hochberg 1995, "Controlling the false discovery rate".
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from noesis.numerics import benjamini_hochberg
         >>> benjamini_hochberg(np.array([0.01, 0.04, 0.03, 0.5]))

@@ -33,7 +33,7 @@ from .switch import NEVER
 class Observed(Generated):
     """Marks modules that noesis observes: `isinstance(module, noesis.Observed)`.
 
-    Example:
+    Examples:
         >>> import torch, noesis
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2))
         >>> wrapped = noesis.wrap(model)

@@ -29,7 +29,7 @@ class Pipeline:
     Args:
         pipe: the pipeline; it stays the same object, and so do its components.
 
-    Example:
+    Examples:
         >>> import diffusers, noesis, torch
         >>> unet = diffusers.UNet2DModel(
         ...     sample_size=8,

@@ -31,7 +31,7 @@ class RouteBank:
         experts: of the router that has most.
         capacity: steps the ring holds.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from noesis.observing.route_bank import RouteBank
         >>> bank = RouteBank(torch.device("cpu"), layers=2, experts=4, capacity=3)

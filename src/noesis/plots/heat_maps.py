@@ -79,7 +79,7 @@ def heat_map(
         NoesisError: when there is nothing to draw, labels do not fit, the suffix is unknown, or
             matplotlib is missing.
 
-    Example:
+    Examples:
         >>> from noesis.plots import heat_map
         >>> figure = heat_map([[1.0, 2.0], [3.0, float("inf")]], ["conv", "head"], [0, 1], title="std")
         >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
@@ -145,7 +145,7 @@ def token_map(
     Raises:
         NoesisError: when the suffix is unknown, or matplotlib is missing.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from noesis.plots import token_map
         >>> figure = token_map(

@@ -100,7 +100,7 @@ def bars(
         NoesisError: when there are none or more than two, they have no layers, the suffix is
             unknown, or matplotlib is missing.
 
-    Example:
+    Examples:
         >>> import noesis
         >>> from noesis.plots import bars
         >>> figure = bars([noesis.Soulprint([0.0, 1.0], [1.0, 2.0], ["conv", "head"])])
@@ -148,7 +148,7 @@ def effects(
     Raises:
         NoesisError: when there are no rows, the suffix is unknown, or matplotlib is missing.
 
-    Example:
+    Examples:
         >>> import noesis
         >>> from noesis.plots import effects
         >>> a = noesis.Soulprint([0.0, 1.0], [1.0, 1.0], ["conv", "head"])

@@ -26,7 +26,7 @@ def shortened_names(names: Sequence[Any], longest: int = LONGEST_LABEL) -> list[
     Inner words go that tell none of the names from another, the longest first, then ends of words. Different names
     stay different.
 
-    Example:
+    Examples:
         >>> from noesis.plots import shortened_names
         >>> paths = [f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.default" for i in (0, 11)]
         >>> shortened_names(paths)
@@ -72,7 +72,7 @@ def _joined(path: tuple[str, ...], kept: set[int]) -> str:
 def shortened(name: Any, longest: int = LONGEST_LABEL) -> str:
     """A name on one line; of a long dotted one the words before the last are cut, its numbers are not.
 
-    Example:
+    Examples:
         >>> from noesis.plots import shortened
         >>> shortened("down_blocks.1.attentions.0.transformer_blocks.5.attn1.to_q")
         'down_bl…1.attenti…0.transfo…5.attn1.to_q'
@@ -99,7 +99,7 @@ def shortened(name: Any, longest: int = LONGEST_LABEL) -> str:
 def run_names(metas: Sequence[Mapping[str, Any]]) -> list[str]:
     """Runs by what differs in their meta, what people tell runs by first; by letters where nothing does.
 
-    Example:
+    Examples:
         >>> from noesis.plots import run_names
         >>> run_names([{"prompt": "a coat", "seed": 1, "dtype": "float16"}, {"prompt": "a coat", "seed": 2}])
         ['seed 1, dtype float16', 'seed 2, no dtype']

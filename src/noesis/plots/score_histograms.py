@@ -59,7 +59,7 @@ def histograms(
         NoesisError: when there is no set or more than six, a set is empty, the suffix is unknown, or matplotlib is
             missing.
 
-    Example:
+    Examples:
         >>> from noesis.plots import histograms
         >>> figure = histograms({"test": [1.0, 1.5, 2.0], "noise": [30.0, float("inf")]})
         >>> [text.get_text() for text in figure.legends[0].get_texts()]

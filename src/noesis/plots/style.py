@@ -96,7 +96,7 @@ def _how_many(count: int, shown: int) -> str:
 def thinned(count: int, room: int) -> list[int]:
     """Every n-th of `count` places, n being 1, 2 or 5 times a power of ten, so that `room` suffices.
 
-    Example:
+    Examples:
         >>> from noesis.plots import thinned
         >>> thinned(4, 10), thinned(40, 10)
         ([0, 1, 2, 3], [0, 5, 10, 15, 20, 25, 30, 35])

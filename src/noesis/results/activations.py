@@ -36,7 +36,7 @@ class Activations(Mapping[str, list[Tensor]], Tabular):
 
     As a table (`to_csv`, `to_dataframe`) it has a row per layer and call, with shapes and sizes, not the numbers.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from noesis import Activations
         >>> acts = Activations({"block": [torch.ones(1, 3, 4), torch.ones(1, 1, 4)]})

@@ -73,7 +73,7 @@ def compare(
 
     Sources: Cohen 1988 (effect size); Benjamini & Hochberg 1995 (false discovery rate).
 
-    Example:
+    Examples:
         >>> import torch, noesis
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> wrapped = noesis.wrap(model, layers="all")

@@ -78,7 +78,7 @@ class Comparison(Saved, Tabular):
         meta_differences: by name, what a and b were asked for differently (seed, scheduler, dtype, ...): `(a's, b's)`,
             of mappings by entry (`"scheduler_config.beta_start"`), of traces the `"timesteps"` they had too.
 
-    Example:
+    Examples:
         >>> import noesis
         >>> a = noesis.Soulprint([0.0, 1.0], [1.0, 1.0], ["conv", "head"])
         >>> b = noesis.Soulprint([0.0, 1.5], [1.0, 1.0], ["conv", "head"])

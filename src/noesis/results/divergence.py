@@ -104,7 +104,7 @@ def resolution(*runs: Stepwise) -> float:
 def rounding(dtypes: Iterable[str]) -> float:
     """How far numbers computed in some dtypes may be apart, in their own size, before it is more than rounding.
 
-    Example:
+    Examples:
         >>> from noesis.results.divergence import rounding
         >>> rounding(["float32"]), rounding(["float32", "bfloat16"])
         (1e-05, 0.03125)

@@ -43,7 +43,7 @@ class Fidelity(Saved, Tabular):
         left_out: by layer, what of it was not compared, and why.
         meta: of both runs.
 
-    Example:
+    Examples:
         >>> import torch, noesis
         >>> a = noesis.Activations({"block": [torch.tensor([[[3.0, 4.0], [0.0, 2.0]]])]})
         >>> b = noesis.Activations({"block": [torch.tensor([[[3.0, 4.5], [0.0, 2.0]]])]})

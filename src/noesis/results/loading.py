@@ -28,7 +28,7 @@ def load_run(path: files.PathLike, run: str | None = None) -> Trace | Soulprint:
     Raises:
         NoesisError: when there is none, it is broken, or of several runs.
 
-    Example:
+    Examples:
         >>> import tempfile, noesis
         >>> from noesis.results.loading import load_run
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +59,7 @@ def load_runs(folder: files.PathLike) -> list[Trace | Soulprint]:
     Raises:
         NoesisError: when there is none, or a file is broken.
 
-    Example:
+    Examples:
         >>> import tempfile, noesis
         >>> from noesis.results.loading import load_runs
         >>> with tempfile.TemporaryDirectory() as folder:

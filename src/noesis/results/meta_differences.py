@@ -26,7 +26,7 @@ def meta_differences(a: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) 
     Mappings are compared entry by entry, named `scheduler_config.beta_start`. Of several others that do not
     agree, the value is the list of theirs. What a file cannot tell apart (tuples and lists) is no difference.
 
-    Example:
+    Examples:
         >>> from noesis.results.meta_differences import meta_differences
         >>> meta_differences({"seed": 1, "run": "a", "cfg": {"n": 4}}, [{"seed": 2, "run": "b", "cfg": {"n": 4.0}}])
         {'seed': (1, 2)}

@@ -25,7 +25,7 @@ class ModelDiff(ModelChanges, Saved, Tabular):
 
     As a table (`to_csv`, `to_dataframe`) it has a row per layer. `print` shows what changed; `repr` is one line.
 
-    Example:
+    Examples:
         >>> import torch, noesis
         >>> a = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
         >>> print(noesis.diff(a, a, torch.ones(3, 4), layers="all"))

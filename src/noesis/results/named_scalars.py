@@ -62,7 +62,7 @@ def scalars(
     Raises:
         NoesisError: for a trace without steps, or an unknown layer or statistic.
 
-    Example:
+    Examples:
         >>> import torch, noesis
         >>> from noesis.results import scalars
         >>> wrapped = noesis.wrap(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()), layers="all")

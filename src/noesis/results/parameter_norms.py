@@ -37,7 +37,7 @@ class ParameterNorms(Saved, Tabular):
         unmeasured: names of parameters, and why they have none.
         meta: of the run.
 
-    Example:
+    Examples:
         >>> import torch, noesis
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 1, bias=False))
         >>> _ = torch.nn.init.ones_(model[0].weight)

@@ -121,7 +121,7 @@ class Routes(Routing, Saved, Tabular):
         unmeasured: routers whose output could not be read, and why.
         meta: what is known of the run.
 
-    Example:
+    Examples:
         >>> import torch, noesis
         >>> class TopKRouter(torch.nn.Linear):
         ...     num_experts, top_k = 4, 2

@@ -39,7 +39,7 @@ class Soulprint(Saved, Tabular):
         meta: what is known of the run.
         order: int [layers], when each first ran within a step, from 1; None where that is not known.
 
-    Example:
+    Examples:
         >>> import numpy as np, noesis
         >>> print_ = noesis.Soulprint(np.array([0.0, 1.0]), np.array([1.0, 2.0]), ["a", "b"])
         >>> print_.vector

@@ -84,7 +84,7 @@ class Surprise(Saved, Tabular):
         doubt: float64 [N], how unsure the logits are (minus their energy; of tokens the mean), or None.
         absent: calibrated layers that did not run in the forward.
 
-    Example:
+    Examples:
         >>> import torch, noesis
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
         >>> wrapped = noesis.wrap(model, layers="1", codebook=noesis.Codebook())

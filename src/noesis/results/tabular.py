@@ -49,7 +49,7 @@ class Tabular:
         Raises:
             NoesisError: (an OSError) where the file cannot be written.
 
-        Example:
+        Examples:
             >>> import noesis
             >>> print(noesis.Soulprint([0.5, float("nan")], [1.0, 2.0], ["conv", "head,1"]).to_csv())
             layer,mean,std

@@ -44,7 +44,7 @@ def token_deltas(
     far as the farthest. So it finds something whenever anything exceeds the noise, which is 1e-6 or the
     squared machine epsilon of the coarser dtype (6.1e-5 for bfloat16).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from noesis import Activations
         >>> from noesis import token_deltas

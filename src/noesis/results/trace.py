@@ -57,7 +57,7 @@ class Trace(Saved, Tabular):
         meta: what is known of the run.
         surprise: from `forward_with_trace` with a codebook, the scores of that call; in no file.
 
-    Example:
+    Examples:
         >>> import torch, noesis
         >>> wrapped = noesis.wrap(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU()))
         >>> _ = wrapped(torch.ones(2, 4))
@@ -116,7 +116,7 @@ class Trace(Saved, Tabular):
     def first_nonfinite(self) -> tuple[int, str] | None:
         """Step and layer of the first NaN or infinity, in order of execution; None if there is none.
 
-        Example:
+        Examples:
             >>> import torch, noesis
             >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
             >>> _ = torch.nn.init.constant_(model[1].bias, float("nan"))

@@ -32,7 +32,7 @@ class Codebook:
             None uses no mask: all positions count.
         seed: of the generator that fits the codes; no other random numbers are consumed.
 
-    Example:
+    Examples:
         >>> import torch, noesis
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
         >>> wrapped = noesis.wrap(model, layers="1", codebook=noesis.Codebook(), logits="2")

@@ -67,7 +67,7 @@ class DriftMonitor(Saved):
         alarm: whether the capital has ever reached 1 / alpha; stays true until `reset`.
         alarm_at: position of the observation at which it did, from 0, or None.
 
-    Example:
+    Examples:
         >>> import torch, noesis
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
         >>> wrapped = noesis.wrap(model, layers="1", codebook=noesis.Codebook())

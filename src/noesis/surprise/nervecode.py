@@ -48,7 +48,7 @@ class Ambiguity:
 
     Source: nervecode 0.1.1, `core/assignment.py` (weights and names) and `scoring/aggregator.py` (mean or max).
 
-    Example:
+    Examples:
         >>> import torch, noesis
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
         >>> wrapped = noesis.wrap(model, layers="all_linear", codebook=noesis.Codebook(size=4, dim=2))

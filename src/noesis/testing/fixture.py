@@ -23,7 +23,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 class SoulprintSnapshot:
     """Compares a run with the file beside the test; what the fixture `soulprint_snapshot` gives.
 
-    Example:
+    Examples:
         >>> import torch, noesis
         >>> def test_model(soulprint_snapshot):
         ...     wrapped = noesis.wrap(torch.nn.Linear(4, 2), layers="all")
@@ -93,7 +93,7 @@ def file_name(test: str) -> str:
     What is no letter, digit or one of `._-` becomes `_`, and then a short hash tells it from others; likewise of a long
     name.
 
-    Example:
+    Examples:
         >>> from noesis.testing.fixture import file_name
         >>> file_name("TestA::test_b[1-x]"), file_name("test_b[a/b]")
         ('TestA.test_b-1-x', 'test_b-a_b.f3ab8f')

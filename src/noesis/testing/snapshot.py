@@ -41,7 +41,7 @@ class Snapshot(Saved):
         tolerance: by how much of the size of a layer's elements another run may differ; None for what its dtype rounds.
         meta: the dtype of its parameters, and that of autocast where it was on.
 
-    Example:
+    Examples:
         >>> import noesis
         >>> from noesis.testing import snapshot
         >>> before = snapshot.Snapshot.of(noesis.Soulprint([0.0, 1.0], [1.0, 1.0], ["conv", "head"]))

@@ -88,7 +88,7 @@ class Alarms:
     steps in all of 48. A sudden switch to other data may raise some. Evaluation is seen too, if its forwards are
     observed: leave them out by `wrapped.paused()`. Leave layers that are silent or constant on purpose out of `layers`.
 
-    Example:
+    Examples:
         >>> import torch, noesis
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
         >>> wrapped = noesis.wrap(model, layers="linear")

@@ -33,7 +33,7 @@ def capture(model: Any, layers: Layers = "blocks", *, max_bytes: int = 1 << 30) 
     Compile the model after entering (graphs break at each layer, so not with `fullgraph=True`), or not at all:
     layers of a model that ran compiled before are not seen.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from noesis import capture
@@ -73,7 +73,7 @@ def capture(model: Any, layers: Layers = "blocks", *, max_bytes: int = 1 << 30) 
 def each_output(chosen: Sequence[Layer], keep: Callable[[str, Tensor | None], None]) -> Iterator[None]:
     """Hand on what layers return while the block lasts: the name of the layer, and its hidden state if it has one.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from noesis.layers import choose
         >>> from noesis.wrapping import each_output

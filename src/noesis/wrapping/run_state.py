@@ -35,7 +35,7 @@ class RunState:
     ranks pass `group`: the totals are merged over it as by `trace(group=...)`, so that they may be resumed on another
     number of ranks.
 
-    Example:
+    Examples:
         >>> import torch, noesis
         >>> wrapped = noesis.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)))
         >>> _ = wrapped(torch.ones(3, 4))

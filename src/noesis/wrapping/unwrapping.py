@@ -28,7 +28,7 @@ def unwrap(model: Any) -> Any:
     Raises:
         NoesisError: for anything else.
 
-    Example:
+    Examples:
         >>> import copy, torch, noesis
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
         >>> _ = noesis.wrap(model)
@@ -62,7 +62,7 @@ def unwrapped(model: Any) -> Iterator[Any]:
     Raises:
         NoesisError: as for `unwrap`.
 
-    Example:
+    Examples:
         >>> import torch, noesis
         >>> wrapped = noesis.wrap(torch.nn.Sequential(torch.nn.Linear(4, 8)))
         >>> with noesis.unwrapped(wrapped) as model:

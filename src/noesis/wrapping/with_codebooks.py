@@ -79,7 +79,7 @@ class WithCodebooks(ModelProxy):
             NoesisError: without a codebook, with fewer than 120 samples, or for batches of an unknown kind; with a
                 group, on all ranks when any fails.
 
-        Example:
+        Examples:
             >>> import torch, noesis
             >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
             >>> wrapped = noesis.wrap(model, layers="1", codebook=noesis.Codebook(), logits="2")
@@ -174,7 +174,7 @@ at 0.0099; 2 layers and the logits)
                 of compiled modules, which write to places that all threads share; afterwards, when no calibrated
                 layer left vectors.
 
-        Example:
+        Examples:
             >>> import torch, noesis
             >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
             >>> wrapped = noesis.wrap(model, layers="1", codebook=noesis.Codebook())
@@ -243,7 +243,7 @@ at 0.0099; 2 layers and the logits)
         Raises:
             NoesisError: without a codebook that learns, or when no layer was observed in the latest forward.
 
-        Example:
+        Examples:
             >>> import torch, noesis
             >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
             >>> wrapped = noesis.wrap(model, layers="0", codebook=noesis.Codebook(size=4, dim=2, learn="gradient"))

@@ -73,7 +73,7 @@ def wrap(
         NoesisError: when `layers` selects nothing, a statistic is unknown, a number is out of
             range, a layer cannot be observed, or the model is wrapped already with other settings.
 
-    Example:
+    Examples:
         >>> import torch, noesis
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> wrapped = noesis.wrap(model, layers="linear")

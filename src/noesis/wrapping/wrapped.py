@@ -35,7 +35,7 @@ class Wrapped(WithCodebooks, nn.Module):  # type: ignore[override]  # forward is
         observed_model: the model itself, the very object that was given.
         observed_layers: names of the observed layers.
 
-    Example:
+    Examples:
         >>> import torch, noesis
         >>> wrapped = noesis.wrap(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU()))
         >>> list(wrapped.state_dict())
@@ -114,7 +114,7 @@ class Wrapped(WithCodebooks, nn.Module):  # type: ignore[override]  # forward is
         Raises:
             NoesisError: without `gradients=True`.
 
-        Example:
+        Examples:
             >>> import torch, noesis
             >>> wrapped = noesis.wrap(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)), gradients=True)
             >>> wrapped(torch.ones(3, 4)).sum().backward()
@@ -253,7 +253,7 @@ class Wrapped(WithCodebooks, nn.Module):  # type: ignore[override]  # forward is
         Raises:
             NoesisError: for a target, a layer or a statistic that is not known, or a CSV whose columns are others.
 
-        Example:
+        Examples:
             >>> import tempfile, torch, noesis
             >>> wrapped = noesis.wrap(torch.nn.Sequential(torch.nn.Linear(4, 8)))
             >>> _ = wrapped(torch.ones(2, 4))

@@ -45,7 +45,7 @@ _T = TypeVar("_T")
 def looks_like(value: object) -> bool:
     """Whether parsed JSON is a trace or soulprint of v0.1, by its `type`.
 
-    Example:
+    Examples:
         >>> from noesis.files import v01
         >>> v01.looks_like({"type": "sdxl_unet_soulprint"}), v01.looks_like({"format": "noesis.trace"})
         (True, False)

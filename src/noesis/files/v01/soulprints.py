@@ -77,7 +77,7 @@ def read_soulprint(path: PathLike) -> Print:
     resnet is an earlier call of that resnet's `nonlinearity`, which diffusers' `ResnetBlock2D` calls three times. A
     row that neither explains is called `unnamed#<row>`.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import numpy as np
         >>> from noesis.files.v01 import Print, read_soulprint, write_soulprint
@@ -136,7 +136,7 @@ def write_soulprint(p: Print, path: PathLike) -> Path:
     Where v0.1's `layer_index` would lose names that reading cannot infer, all names are written beside it as
     `layer_names`, which v0.1 passes over.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import numpy as np
         >>> from noesis.files.v01 import Print, write_soulprint

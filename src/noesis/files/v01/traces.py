@@ -90,7 +90,7 @@ StepsReader = Callable[[Path], tuple[str, list[Step]]]
 def runs_in(folder: PathLike) -> dict[str, list[Path]]:
     """The runs whose traces lie in a folder.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import numpy as np
         >>> from noesis.files.v01 import Run, runs_in, write_run
@@ -120,7 +120,7 @@ def runs_in(folder: PathLike) -> dict[str, list[Path]]:
 def read_run(path: PathLike, run: str | None = None) -> Run:
     """Read a v0.1 trace.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import numpy as np
         >>> from noesis.files.v01 import Run, read_run, write_run
@@ -191,7 +191,7 @@ def write_run(
 ) -> list[Path]:
     """Write a run as v0.1 did; `read_run` gives back what was read.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import numpy as np
         >>> from noesis.files.v01 import Run, write_run
