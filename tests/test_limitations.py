@@ -357,6 +357,7 @@ def test_script_modules_and_lazy_modules_are_refused() -> None:
 # ---------------------------------------------------------------- compiled code
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_denoisers_that_are_compiled_know_the_guidance_branch() -> None:
     pytest.importorskip("diffusers")

@@ -18,8 +18,8 @@ from noesis.kernels.layout import COUNT, FIELDS, KURTOSIS, REQUIRED, SKEWNESS
 from noesis.kernels.moments import _numpy, reference
 from noesis.kernels.moments import op as moments
 
-PATHS = ["reference", "numpy", "numba", "triton"]
 CUDA = torch.cuda.is_available()
+PATHS = ["reference", "numpy", "numba", pytest.param("triton", marks=[] if CUDA else pytest.mark.slow)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -136,7 +136,7 @@ def test_float64_beyond_float32() -> None:
 
 
 @pytest.mark.parametrize("samples", [0, 2])
-@pytest.mark.parametrize("path", ["numba", "numpy", "triton"])
+@pytest.mark.parametrize("path", PATHS[1:])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
 def test_steps_and_totals_agree(path, samples) -> None:
     """The ring wraps, so that the totals have what left it."""

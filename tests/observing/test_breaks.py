@@ -243,7 +243,7 @@ def assert_like(trace: noesis.Trace, expected: noesis.Trace, *, exact: bool = Tr
 # ---------------------------------------------------------------- rows
 
 
-@pytest.mark.parametrize("kind", some_are_slow(KINDS, "graph_break", "lstm", "nested"))
+@pytest.mark.parametrize("kind", some_are_slow(KINDS, "graph_break", "lstm"))
 def test_rows_are_those_of_eager_code_in_as_many_graphs_as_without(kind: str) -> None:
     """Over several calls, with other batches, which Dynamo compiles again."""
     eager, wrapped = (noesis.wrap(seeded(KINDS[kind]), layers="all") for _ in range(2))
@@ -346,6 +346,7 @@ def test_with_options(options: dict[str, Any]) -> None:
     assert_like(wrapped.trace(), eager.trace())
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_eager_code_or_named() -> None:
     eager, wrapped = (noesis.wrap(seeded(mixed), layers="all", gradients=True) for _ in range(2))
     call, _ = compiled(wrapped.observed_model)

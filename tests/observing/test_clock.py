@@ -227,6 +227,7 @@ def test_a_compiled_copy_has_times_of_its_own() -> None:
     assert original.fits(original.wrapped.trace()) == [True] * 3
 
 
+@pytest.mark.slow
 def test_another_process_has_another_clock(tmp_path: Path) -> None:
     wrapped = noesis.wrap(nn.Sequential(nn.Linear(4, 2)))
     wrapped(torch.ones(2, 4))

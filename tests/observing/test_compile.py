@@ -28,8 +28,14 @@ def compiled(model: nn.Module) -> tuple[nn.Module, CompileCounterWithBackend]:
     return torch.compile(model, fullgraph=True, backend=counter), counter
 
 
-@pytest.mark.parametrize("options", [{}, {"per_sample": 4, "stats": ("zeros",)}, {"every": 3}])
-@pytest.mark.parametrize("order", ["wrap then compile", "compile then wrap"])
+@pytest.mark.parametrize(
+    ("options", "order"),
+    [
+        ({}, "wrap then compile"),
+        ({"per_sample": 4, "stats": ("zeros",)}, "compile then wrap"),
+        ({"every": 3}, "wrap then compile"),
+    ],
+)
 def test_one_graph_and_the_rows_of_eager(options, order):
     x = torch.randn(4, 8)
     eager = noesis.wrap(small(), layers="all", **options)

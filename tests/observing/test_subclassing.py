@@ -49,6 +49,7 @@ def test_classes_go_with_their_originals() -> None:
             assert not [ref for ref in seen if ref() is not None]
 
 
+@pytest.mark.slow
 def test_classes_of_pipelines_go_with_their_originals() -> None:
     diffusers = pytest.importorskip("diffusers")
     seen: list[weakref.ref[Any]] = []
