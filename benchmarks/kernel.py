@@ -31,7 +31,7 @@ CALLS = 50  # at most, in a sample
 def observers(device: str) -> tuple[list[Callable[[Tensor], None]], noesis.Wrapped]:
     """What is measured, one observation of an output for each of some layers, and where it is recorded."""
     wrapped = noesis.wrap(nn.Sequential(*(nn.Linear(1, 1) for _ in range(CALLS + 1))).to(device), layers="linear")
-    return [site_of(layer).look for layer in wrapped.observed_model], wrapped
+    return [site_of(layer).observe for layer in wrapped.observed_model], wrapped
 
 
 SIZES = {
