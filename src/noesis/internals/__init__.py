@@ -5,6 +5,7 @@ and what stands in its place is public and slower, never an exception in a forwa
 What has to hold for a name is checked where it is looked up; `tests/internals` takes each away in turn.
 """
 
+from .attention import watching_attention
 from .autograd import node_count, node_number, picklable_hook, recomputing
 from .calls import CALL, CALL_IMPL, called_as_any
 from .compiling import (
@@ -66,4 +67,5 @@ __all__ = [
     "traced_for_export",
     "undisturbed",
     "untraced",
+    "watching_attention",
 ]

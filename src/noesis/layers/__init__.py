@@ -2,7 +2,7 @@
 
 from .batches import Batch, batch_of
 from .denoisers import DENOISER, denoisers_of
-from .kinds import named_layers
+from .kinds import is_attention, is_leaf, is_linear, named_layers
 from .masks import MaskArgument, counting, has_positions, is_flat, mask_arguments, mask_within, parameters_of
 from .outputs import emittable, hidden_state, is_number, measurable, part_emitted, unmeasurable
 from .parts import Part, parts_of
@@ -28,7 +28,10 @@ __all__ = [
     "has_positions",
     "hidden_index",
     "hidden_state",
+    "is_attention",
     "is_flat",
+    "is_leaf",
+    "is_linear",
     "is_number",
     "mask_arguments",
     "mask_within",

@@ -2,7 +2,7 @@
 
 from .alarms import Alarm, AlarmRaised, Alarms
 from .calibration_loop import evaluating
-from .capturing import capture, each_output
+from .capturing import Keeping, capture, each_output
 from .run_state import RunState
 from .unwrapping import unwrap, unwrapped
 from .wrap_model import resolve, wrap
@@ -12,6 +12,7 @@ __all__ = [
     "Alarm",
     "AlarmRaised",
     "Alarms",
+    "Keeping",
     "RunState",
     "Wrapped",
     "capture",

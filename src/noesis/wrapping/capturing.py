@@ -59,10 +59,9 @@ def capture(model: Any, layers: Layers = "blocks", *, max_bytes: int = 1 << 30) 
             when no selected layer ran; (a ValueError or TypeError) when nothing is selected or no output can be kept.
     """
     _, root, _, _ = resolve(model)
-    bound = _positive(max_bytes)
     chosen = choose(root, layers)
     acts = Activations({layer.name: [] for layer in chosen}, meta={"model": type(root).__name__})
-    recording = _Recording(acts, bound)
+    recording = Keeping(acts, max_bytes)
     with each_output(chosen, recording.keep):
         yield acts
     _check(acts)
@@ -114,13 +113,35 @@ def _hook(
     return disable(hand_on)
 
 
-class _Recording:
-    """Where one capture puts what layers return."""
+class Keeping:
+    """Copies tensors to the CPU, within a bound.
 
-    def __init__(self, acts: Activations, bound: int) -> None:
-        self.acts, self.bound, self.held = acts, bound, 0
+    Examples:
+        >>> import torch
+        >>> from noesis import Activations
+        >>> from noesis.wrapping import Keeping
+        >>> keeping = Keeping(Activations({"block": []}), max_bytes=1 << 20)
+        >>> keeping.keep("block", torch.ones(2, 4))
+        >>> keeping.held
+        32
+
+    Args:
+        acts: where they go.
+        max_bytes: the most bytes to hold.
+
+    Raises:
+        NoesisError: (a ValueError or TypeError) for a bound that is none.
+    """
+
+    def __init__(self, acts: Activations, max_bytes: int) -> None:
+        self.acts, self.bound, self.held = acts, _positive(max_bytes), 0
 
     def keep(self, name: str, hidden: Tensor | None) -> None:
+        """Keep a copy under a name.
+
+        Raises:
+            NoesisError: (a MemoryError) when it would pass the bound.
+        """
         if hidden is None:
             self.acts.unmeasured[name] = "no floating tensor in its output"
             return
