@@ -89,7 +89,9 @@ class Observed(Generated):
             if site is not None and site.gradients is not None and not compiling:
                 site.recompute(output)
             return output
-        padding, around, begun, inside = site.follows(), None, False, False
+        padding, around, begun, inside = site.padding, None, False, False
+        if padding is not None:
+            padding = site.follows()
         try:
             # Parts of the model begin steps only where nobody has; a root inside of a root has a step of its own.
             if site.starts and (site.root or not site.recorder.inside):

@@ -212,7 +212,7 @@ class Site:
                 self.observe(output, alone=True)
             return
         recorder = self.recorder
-        on_record = recorder.off_record() is None
+        on_record = not recorder.switch.off_record or recorder.off_record() is None  # mostly nobody is off it
         try:
             if self.router is not None and on_record:
                 self.route(output, self.router)
