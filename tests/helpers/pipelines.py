@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,7 +13,19 @@ import diffusers
 import torch
 import transformers
 
+import noesis
+
 PROMPT = "a glass moth in mauve twilight"
+
+
+@contextmanager
+def wrapping(model: Any, **settings: Any) -> Iterator[noesis.Wrapped]:
+    """A model that others use too, wrapped inside."""
+    wrapped = noesis.wrap(model, **settings)
+    try:
+        yield wrapped
+    finally:
+        wrapped.unwrap()
 
 
 def clip_tokenizer() -> transformers.CLIPTokenizer:

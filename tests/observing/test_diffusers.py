@@ -24,7 +24,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import noesis
-from helpers.pipelines import PROMPT, build, call, vae
+from helpers.pipelines import PROMPT, build, call, vae, wrapping
 from noesis.layers import DENOISER
 from noesis.observing.pipeline_meta import guidance_branch
 
@@ -37,15 +37,6 @@ FIVE = ["sdxl", "sd15", "sd3", "flux", "pixart"]
 def pipelines() -> dict[str, Any]:
     """Each pipeline, built once; whoever wraps one unwraps it."""
     return {name: build(name) for name in [*FIVE, "wan"]}
-
-
-@contextmanager
-def wrapping(model: Any, **settings: Any) -> Iterator[noesis.Wrapped]:
-    wrapped = noesis.wrap(model, **settings)
-    try:
-        yield wrapped
-    finally:
-        wrapped.unwrap()
 
 
 def denoiser(pipe: Any) -> nn.Module:

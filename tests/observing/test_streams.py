@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import noesis
-from helpers.pipelines import build, call
+from helpers.pipelines import build, call, wrapping
 
 BOTH = ["blocks", "blocks:text"]
 TEXT = "transformer_blocks.0:text"
@@ -30,15 +29,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def pipelines() -> dict[str, Any]:
     """Each pipeline, built once; whoever wraps one unwraps it."""
     return {name: build(name) for name in ("sd3", "flux", "pixart")}
-
-
-@contextmanager
-def wrapping(model: Any, **settings: Any) -> Iterator[noesis.Wrapped]:
-    wrapped = noesis.wrap(model, **settings)
-    try:
-        yield wrapped
-    finally:
-        wrapped.unwrap()
 
 
 def inputs(name: str, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:

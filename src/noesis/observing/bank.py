@@ -44,6 +44,7 @@ class Bank:
 
     def __init__(self, device: torch.device, layers: int, fields: int, capacity: int, samples: int, every: int) -> None:
         self.device = device
+        self.device_type = device.type  # making this string takes longer than what it is asked for
         wide = torch.float32 if device.type == "mps" else torch.float64  # Apple GPUs have no float64
         # Outside inference mode, whoever calls: inference tensors could not be written to later.
         with undisturbed(), torch.inference_mode(False):

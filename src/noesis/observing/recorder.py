@@ -163,8 +163,8 @@ class Recorder(Answers):
     def _note_autocast(self) -> None:
         """Whoever compares runs wants to know in which dtype they computed."""
         for bank in self.banks if "autocast" not in self.meta else ():
-            if torch.is_autocast_enabled(bank.device.type):
-                self.meta["autocast"] = str(torch.get_autocast_dtype(bank.device.type)).removeprefix("torch.")
+            if torch.is_autocast_enabled(bank.device_type):
+                self.meta["autocast"] = str(torch.get_autocast_dtype(bank.device_type)).removeprefix("torch.")
 
     def _leave_out(self, left_out: bool) -> None:
         self.skipping = self.left_out = left_out
