@@ -37,7 +37,10 @@ SIDE_BY_SIDE = 2
 #: Seconds that a process may take.
 LONGEST = 120
 #: Names of other libraries, which have tests of their own; CUDA's are looked up where there is a device.
-ELSEWHERE = {"TransformerBlockRegistry", "get", "register", "return_hidden_states_index", "_can_record_outputs"}
+ELSEWHERE = {
+    *("TransformerBlockRegistry", "get", "register", "return_hidden_states_index"),
+    *("_can_record_outputs", "ALL_ATTENTION_FUNCTIONS", "get_interface"),
+}
 
 
 def names() -> list[tuple[str, ...]]:

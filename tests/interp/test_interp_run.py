@@ -335,3 +335,31 @@ def test_without_the_interface_heads_are_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delattr(transformers.modeling_utils, "ALL_ATTENTION_FUNCTIONS")
     found = interp.anatomy(model, prompts())
     assert all("interface" in block.refused["z"] and block.mlp and block.mid for block in found.blocks)
+
+
+@pytest.mark.parametrize("instead", [None, 7], ids=["missing", "other"])
+@pytest.mark.parametrize("name", ["ALL_ATTENTION_FUNCTIONS", "get_interface"])
+def test_without_the_attention_interface_heads_are_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, instead: Any
+) -> None:
+    """What a transformers without these names does: `internals.attention` asks for them."""
+    from noesis.internals import attention
+
+    asked: list[str] = []
+
+    def attribute(holder: Any, wanted: str) -> Any:
+        asked.append(wanted)
+        return instead if wanted == name else getattr(holder, wanted, None)
+
+    monkeypatch.setattr(attention, "attribute", attribute)
+    model, given = family("llama"), inputs("llama")
+    found = interp.anatomy(model, **given)
+    assert name in asked
+    assert all({"q", "k", "v", "z", "pattern", "result"} <= set(block.refused) for block in found.blocks)
+    with pytest.raises(noesis.NoesisError, match="does not go through transformers' attention interface"):
+        interp.run(model, given, keep="pattern.0")
+    with torch.no_grad():
+        expected = model(**given).logits
+    run = interp.run(model, given, keep=["resid_post.0", "mlp.0"])
+    assert torch.equal(run.logits, expected)
+    assert set(run.fired.values()) == {1}
