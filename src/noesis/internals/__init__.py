@@ -5,7 +5,7 @@ and what stands in its place is public and slower, never an exception in a forwa
 What has to hold for a name is checked where it is looked up; `tests/internals` takes each away in turn.
 """
 
-from .attention import watching_attention
+from .attention import Attend, around_attention
 from .autograd import node_count, node_number, picklable_hook, recomputing
 from .calls import CALL, CALL_IMPL, called_as_any
 from .compiling import (
@@ -33,6 +33,8 @@ __all__ = [
     "CALL",
     "CALL_IMPL",
     "LISTENERS",
+    "Attend",
+    "around_attention",
     "call_undisturbed",
     "called_as_any",
     "capture_declarations",
@@ -67,5 +69,4 @@ __all__ = [
     "traced_for_export",
     "undisturbed",
     "untraced",
-    "watching_attention",
 ]

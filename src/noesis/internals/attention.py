@@ -15,26 +15,30 @@ from torch import nn
 
 from .lookup import attribute
 
-#: Called with the attention module, what the implementation was given by name, its name, and what it returned.
-Seen = Callable[[nn.Module, dict[str, Any], str, Any], None]
+#: Runs attention with arguments by name.
+Attend = Callable[[dict[str, Any]], Any]
+#: Called in its place: with the attention module, arguments by name, the implementation's name, and what runs it.
+Around = Callable[[nn.Module, dict[str, Any], str, Attend], Any]
 
 #: What models call an implementation with, by place.
 FIRST = ("module", "query", "key", "value", "attention_mask")
 
 _lock = threading.Lock()
-_watching: list[tuple[int, Seen]] = []
+_around: tuple[Around, ...] = ()  # the last one entered is the outermost
 
 
 @contextmanager
-def watching_attention(seen: Seen) -> Iterator[bool]:
-    """Hand on each call of attention that this thread makes through transformers' interface while the block lasts.
+def around_attention(around: Around) -> Iterator[bool]:
+    """Have each call of attention through transformers' interface go by way of a function while the block lasts.
 
     Models ask `ALL_ATTENTION_FUNCTIONS.get_interface(implementation, default)` at each call; what they get is the same
-    function, wrapped. Implementation, config and masks stay what they are, and so do all bits.
+    function, wrapped. Implementation, config and masks stay what they are. The interface is one of the process: what
+    other threads run comes by, too.
 
     Yields:
         Whether there is such an interface: no, without transformers.
     """
+    global _around  # noqa: PLW0603  one of the process, as the interface is
     library = sys.modules.get("transformers.modeling_utils")
     registry = attribute(library, "ALL_ATTENTION_FUNCTIONS")
     if not callable(attribute(registry, "get_interface")):
@@ -43,47 +47,51 @@ def watching_attention(seen: Seen) -> Iterator[bool]:
             logger.warning("this version has no {} as noesis knows it; instead, attention is not seen by heads", name)
         yield False
         return
-    watcher = (threading.get_ident(), seen)
     with _lock:
-        if not _watching:  # an attribute of the object goes before the method of its class
+        if not _around:  # an attribute of the object goes before the method of its class
             registry.get_interface = functools.partial(_wrapped, registry)
-        _watching.append(watcher)
+        _around = (*_around, around)
     try:
         yield True
     finally:
         with _lock:
-            _watching.remove(watcher)
-            if not _watching:
+            last = len(_around) - 1 - _around[::-1].index(around)
+            _around = _around[:last] + _around[last + 1 :]
+            if not _around:
                 del registry.get_interface
 
 
 def _wrapped(registry: Any, implementation: str, default: Any = None) -> Any:
     original = type(registry).get_interface(registry, implementation, default)
-    thread = threading.get_ident()
-    with _lock:
-        watchers = [seen for ident, seen in _watching if ident == thread]
-    if not watchers or original is None:
-        return original
+    if original is None:
+        return None
+    names = _names(original)
 
-    @functools.wraps(original)
     def attend(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        given = _by_name(original, args, kwargs)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
         module = given.pop("module", None)
-        if isinstance(module, nn.Module):
-            for seen in watchers:
-                seen(module, given, implementation, result)
-        return result
+
+        def innermost(given: dict[str, Any]) -> Any:
+            return original(module, **given)
+
+        run = innermost
+        for around in _around:
+            run = functools.partial(_through, around, module, implementation, run)
+        return run(given)
 
     return attend
 
 
-def _by_name(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name; the order of those after the first differs between implementations."""
+def _through(around: Around, module: Any, implementation: str, run: Attend, given: dict[str, Any]) -> Any:
+    return around(module, given, implementation, run)
+
+
+@functools.lru_cache(maxsize=64)
+def _names(function: Any) -> tuple[str, ...]:
+    """Names of arguments by place; those of the first are the same everywhere, the order of the others differs."""
     names = [
         name
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
-    names = [*FIRST, *names[len(FIRST) :]]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return (*FIRST, *names[len(FIRST) :])

@@ -108,3 +108,10 @@ def pattern_of(call: Attention) -> Pattern | str:
     if not check.holds:
         return "the pattern that follows from q and k is not what the model used: p v differs from z"
     return Pattern(pattern, check)
+
+
+def with_pattern(call: Attention, old: Tensor, new: Tensor) -> Tensor:
+    """The z of a call with another pattern; bit for bit its own where the pattern stays."""
+    values = call.v.float().repeat_interleave(call.q.shape[1] // call.k.shape[1], dim=1)
+    change = ((new - old) @ values).transpose(1, 2)
+    return (call.z.float() + change).to(call.z.dtype)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..internals import watching_attention
+from ..internals import Attend, around_attention
 from ..layers import hidden_state, is_leaf, named_layers, unmeasurable
 from .attention import Attention, attention_of
 
@@ -110,9 +110,11 @@ def record(
         else:
             (inside if open_blocks else around).append(call)
 
-    def attends(module: nn.Module, given: dict[str, Any], implementation: str, result: Any) -> None:
-        if open_blocks and module in names:
+    def attends(module: nn.Module, given: dict[str, Any], implementation: str, run: Attend) -> Any:
+        result = run(given)
+        if open_blocks and module in names and threading.get_ident() == thread:
             attention.append((names[module], module, attention_of(module, given, implementation, result)))
+        return result
 
     within = {inner for block in blocks.values() for inner in block.modules()}
     layers = {module for _, module in named_layers(root)}  # a LoRA layer is one, whatever is in it
@@ -121,7 +123,7 @@ def record(
         for module in watched - {root}:
             leaving.callback(module.register_forward_pre_hook(begins, with_kwargs=True).remove)
             leaving.callback(module.register_forward_hook(ends, with_kwargs=True).remove)
-        leaving.enter_context(watching_attention(attends))
+        leaving.enter_context(around_attention(attends))
         output = call()
     return Recorded(output, around)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
+
+from torch import nn
 
 from ..errors import BadType, BadValue
 
@@ -66,32 +68,42 @@ class Asked(NamedTuple):
     heads: str  # "" for all in one tensor
     positions: tuple[int | None, ...]
     module: str = ""
+    asker: str = "keep"  # what errors call who asks
 
 
-def read(keep: str | Site | Iterable[str | Site], modules: Sequence[str]) -> list[Asked]:
+def read(asked: str | Site | Iterable[str | Site], root: nn.Module | None, asker: str = "keep") -> list[Asked]:
     """Read sites, ranges of them, names of modules and TransformerLens' names.
 
     A component goes before a module of the same name, which is written `module:NAME`.
 
     Examples:
         >>> from noesis.interp.sites import read
-        >>> [(asked.component, asked.layers) for asked in read(["z.0-3", "blocks.1.attn.hook_pattern"], [])]
+        >>> [(asked.component, asked.layers) for asked in read(["z.0-3", "blocks.1.attn.hook_pattern"], None)]
         [('z', '0-3'), ('pattern', '1')]
+
+    Args:
+        asked: what is asked for.
+        root: the model, whose modules have names; None where no module is meant.
+        asker: what errors call the argument that it is from.
 
     Raises:
         NoesisError: (a ValueError) for what is neither a site nor a module, with near names; (a TypeError) for
             another kind of thing.
     """
-    if isinstance(keep, (str, Site)):
-        keep = [keep]
-    if not isinstance(keep, Iterable):
-        raise BadType(f"keep is {keep!r}", "sites as strings, such as ['z.3', 'resid_post.*']", "Pass a list of them")
-    return [_read(item, modules) for item in keep]
+    if isinstance(asked, (str, Site)):
+        asked = [asked]
+    if not isinstance(asked, Iterable):
+        raise BadType(
+            f"{asker} is {asked!r}", "sites as strings, such as ['z.3', 'resid_post.*']", "Pass a list of them"
+        )
+    return [_read(item, root, asker)._replace(asker=asker) for item in asked]
 
 
-def _read(item: str | Site, modules: Sequence[str]) -> Asked:
+def _read(item: str | Site, root: nn.Module | None, asker: str) -> Asked:
     if not isinstance(item, (str, Site)):
-        raise BadType(f"keep has {item!r} of type {type(item).__name__}", "sites as strings", "Pass 'z.3', for example")
+        raise BadType(
+            f"{asker} has {item!r} of type {type(item).__name__}", "sites as strings", "Pass 'z.3', for example"
+        )
     text = str(item)
     other = _OTHERS.fullmatch(text)
     name = text
@@ -103,24 +115,34 @@ def _read(item: str | Site, modules: Sequence[str]) -> Asked:
     if match is not None and match["component"] in (*LAYERED, *WHOLE):
         component = match["component"]
         if component in WHOLE and (match["layers"] or match["heads"]):
-            raise BadValue(f"keep has {text!r}", f"{component!r} alone: it is of no layer", f"Write {component!r}")
+            raise BadValue(f"{asker} has {text!r}", f"{component!r} alone: it is of no layer", f"Write {component!r}")
         if component not in HEADED and match["heads"]:
-            raise BadValue(f"keep has {text!r}, a head", f"heads of {', '.join(HEADED)}", f"{component!r} has none")
-        heads, positions = match["heads"] or "", match["positions"]
-        return Asked(text, component, match["layers"] or "*", heads, _positions(text, positions))
+            raise BadValue(f"{asker} has {text!r}, a head", f"heads of {', '.join(HEADED)}", f"{component!r} has none")
+        heads, positions = match["heads"] or "", _positions(text, match["positions"], asker)
+        return Asked(text, component, match["layers"] or "*", heads, positions)
     module, _, position = text.removeprefix(f"{MODULE}:").partition("@")
-    if module in modules and re.fullmatch(r"|-?\d+|\d+-\d+", position):
-        return Asked(text, MODULE, "", "", _positions(text, position or None), module)
-    raise unknown(text, modules)
+    if root is not None and module and has_module(root, module) and re.fullmatch(r"|-?\d+|\d+-\d+", position):
+        return Asked(text, MODULE, "", "", _positions(text, position or None, asker), module)
+    raise unknown(text, root, asker)
 
 
-def unknown(text: str, modules: Sequence[str]) -> BadValue:
+def has_module(root: nn.Module, name: str) -> bool:
+    """Whether a model has a module of a name."""
+    try:
+        root.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def unknown(text: str, root: nn.Module | None, asker: str) -> BadValue:
     """The error for a name that is nothing here."""
     head = re.split(r"[.@]", text)[0]
+    modules = [name for name, _ in root.named_modules() if name] if root is not None else []
     near = difflib.get_close_matches(head, [*LAYERED, *WHOLE], n=2, cutoff=0.6)
     near += difflib.get_close_matches(text, [*modules, *(f"blocks.0.{name}" for name in TRANSFORMER_LENS)], n=3)
     return BadValue(
-        f"keep has {text!r}, which is neither a site nor a module of this model",
+        f"{asker} has {text!r}, which is neither a site nor a module of this model",
         f"component.layer[.head][@position] with one of {', '.join((*LAYERED, *WHOLE))}, or a dotted module name",
         f"Did you mean {', '.join(map(repr, near))}?"
         if near
@@ -128,7 +150,20 @@ def unknown(text: str, modules: Sequence[str]) -> BadValue:
     )
 
 
-def numbers(text: str, count: int, what: str, asked: str) -> list[int]:
+def canonical(text: str) -> str | None:
+    """The name of one site in our own words, from one in others'; None for several."""
+    try:
+        asked = read(text, None)[0]
+    except BadValue:
+        return f"{MODULE}:{text}"
+    if asked.component in WHOLE:
+        return str(Site(asked.component, position=asked.positions[0]))
+    single = asked.layers.isdigit() and (not asked.heads or asked.heads.isdigit()) and len(asked.positions) == 1
+    head = int(asked.heads) if asked.heads.isdigit() else None
+    return str(Site(asked.component, int(asked.layers), head, asked.positions[0])) if single else None
+
+
+def numbers(text: str, count: int, what: str, asked: Asked) -> list[int]:
     """The numbers that `*`, `3` or `0-3` stands for, of `count` there are.
 
     Raises:
@@ -140,19 +175,21 @@ def numbers(text: str, count: int, what: str, asked: str) -> list[int]:
     low, high = int(first), int(last or first)
     if low > high or high >= count:
         raise BadValue(
-            f"keep has {asked!r}, {what} {text}",
+            f"{asked.asker} has {asked.text!r}, {what} {text}",
             f"{what}s among 0 to {count - 1}" if count else f"a model in which there are {what}s",
             f"Write {'a range from the smaller to the larger' if low > high else 'one that is there'}",
         )
     return list(range(low, high + 1))
 
 
-def _positions(text: str, given: str | None) -> tuple[int | None, ...]:
+def _positions(text: str, given: str | None, asker: str) -> tuple[int | None, ...]:
     if given is None:
         return (None,)
     if re.fullmatch(r"-?\d+", given):
         return (int(given),)
     low, high = map(int, given.split("-"))
     if low > high:
-        raise BadValue(f"keep has {text!r}, positions {given}", "a range from the smaller to the larger", "Swap them")
+        raise BadValue(
+            f"{asker} has {text!r}, positions {given}", "a range from the smaller to the larger", "Swap them"
+        )
     return tuple(range(low, high + 1))

@@ -267,6 +267,18 @@ def restore(module: nn.Module) -> bool:
     return False
 
 
+def change_beneath(module: nn.Module, change: Callable[[type], type]) -> None:
+    """Give a module the class that `change` makes of its own, with observing on top as before.
+
+    Where another library has built a class on ours, the change comes on top of that.
+    """
+    cls = type(module)
+    if isinstance(module, Observed) and cls is subclass_of(original_class(cls)):
+        module.__class__ = observed_class(change(original_class(cls)))
+    else:
+        module.__class__ = change(cls)
+
+
 @contextmanager
 def plain(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Modules with the classes that they had, for the length of a block; nothing is observed inside."""

@@ -10,11 +10,14 @@ import copyreg
 from collections.abc import Callable
 from typing import Any
 
-_ORIGINAL, _KEPT = "_noesis_original", "_noesis_subclass"
+_ORIGINAL = "_noesis_original"
 
 
 class Generated:
     """What is put before the original among the bases of a generated subclass."""
+
+    #: Where the original keeps it: one subclass per kind.
+    slot = "_noesis_subclass"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # A registry of subclasses would take the generated class for a new one.
@@ -36,9 +39,9 @@ class _Kept:
         return type(None), ()  # cloudpickle sends classes of scripts by value, to where there may be no noesis
 
 
-def subclass_of(original: type) -> type | None:
+def subclass_of(original: type, slot: str = Generated.slot) -> type | None:
     """The generated subclass of a class, if it was made before."""
-    kept = original.__dict__.get(_KEPT)
+    kept = original.__dict__.get(slot)
     # A class made of the attributes of another one has that one's too.
     found: type | None = (
         kept.subclass if isinstance(kept, _Kept) and original_class(kept.subclass) is original else None
@@ -55,7 +58,7 @@ def make_subclass(original: type, mixin: type[Generated], **body: Any) -> type:
     named = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     given = {**named, "__slots__": (), _ORIGINAL: original, **body}
     made: type = type(original)(original.__name__, (mixin, original), given)
-    type.__setattr__(original, _KEPT, _Kept(made))  # past a metaclass that refuses
+    type.__setattr__(original, mixin.slot, _Kept(made))  # past a metaclass that refuses
     return made
 
 
@@ -63,6 +66,13 @@ def original_class(subclass: type) -> type:
     """The class that a generated one was made of, or the one that a class built on it by another library began with."""
     original: type = getattr(subclass, _ORIGINAL)
     return original
+
+
+def plain_class(cls: type) -> type:
+    """The class that is left when all generated ones are taken away."""
+    while _ORIGINAL in cls.__dict__:
+        cls = cls.__dict__[_ORIGINAL]
+    return cls
 
 
 def by_original(reduced: Any, subclass: type, make: Callable[[type], type]) -> Any:
@@ -77,9 +87,13 @@ def by_original(reduced: Any, subclass: type, make: Callable[[type], type]) -> A
         return reduced
     function, arguments, *state = reduced
     if function is copyreg.__newobj__ and arguments[0] is subclass:  # type: ignore[attr-defined]
-        return (_new, (make, original_class(subclass), *arguments[1:]), *state)
+        return (_new, (make, plain_class(original_class(subclass)), *arguments[1:]), *state)
     if function is subclass:
-        return (original_class(subclass), arguments, *state)  # made anew by its own recipe, and not observed
+        return (
+            plain_class(original_class(subclass)),
+            arguments,
+            *state,
+        )  # made anew by its own recipe, and not observed
     return reduced
 
 

@@ -1,0 +1,348 @@
+"""Visits: what passes a site is handed to whoever reads or changes it, while a `with` block lasts.
+
+Modules take on a generated subclass beneath that of observing, so what is observed is the model as it was changed, and
+compiled code, which is guarded by classes, is compiled again once and misses nothing, as it would hooks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+
+from ..errors import BadType, WrongState
+from ..internals import Attend, around_attention, passed_over, register_block
+from ..layers import hidden_index, hidden_state
+from ..observing import Generated, change_beneath, make_subclass, original_class, subclass_of
+from .anatomy import Anatomy, logits_of
+from .attention import Attention, attention_of, pattern_of, with_pattern
+from .identifying import results
+from .places import AFTER, ATTENTION, BEFORE, Place, with_hidden_input, with_hidden_state
+from .recording import hidden_input
+from .sites import Site
+
+STOPS = "_noesis_stops"
+STATE = 2  # its place in what `__reduce_ex__` gives
+
+
+class Visitor(Protocol):
+    """Whoever looks at what passes a site."""
+
+    @property
+    def site(self) -> Site:
+        """Where."""
+
+    def visit(self, whole: Tensor) -> Tensor | None:
+        """See the component's tensor, of all heads and tokens; return what is to stand in its place, if anything."""
+
+
+class Visited(Generated):
+    """A module at which there are stops."""
+
+    slot = "_noesis_visited"
+
+    @passed_over
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module, and stop before and after it."""
+        stops = [stop for stop in self.__dict__.get(STOPS, ()) if stop.visiting.here()]
+        if not stops:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        begun: list[Stop] = []
+        try:
+            for stop in stops:
+                if stop.instead is not None:
+                    return stop.instead()
+            for stop in stops:
+                begun.append(stop)
+                args, kwargs = stop.begin(args, kwargs)
+            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            for stop in reversed(stops):
+                output = stop.end(self, args, kwargs, output)
+        finally:
+            for stop in begun:
+                stop.leave()
+        return output
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies are of the module as it is without visits."""
+        reduced = super().__reduce_ex__(protocol)
+        if not isinstance(reduced, tuple) or len(reduced) <= STATE or not isinstance(reduced[STATE], dict):
+            return reduced
+        function, arguments, state, *rest = reduced
+        cls = type(self)
+        if arguments and arguments[0] is cls and _is_visited(cls):
+            arguments = (original_class(cls), *arguments[1:])
+        return (function, arguments, {name: value for name, value in state.items() if name != STOPS}, *rest)
+
+
+def visited_class(original: type) -> type:
+    """The subclass of a module class that stops, made once."""
+    made = subclass_of(original, Visited.slot)
+    if made is None:
+        made = make_subclass(original, Visited)
+        register_block(original, made)
+    return made
+
+
+def _is_visited(cls: type) -> bool:
+    """Whether a class is one of ours, and not one that another library has built on ours."""
+    return issubclass(cls, Visited) and cls is subclass_of(original_class(cls), Visited.slot)
+
+
+class Guest(NamedTuple):
+    """A visitor, and the block within which it is to see a module that several blocks share."""
+
+    visitor: Visitor
+    block: Stop | None
+
+    def expected(self) -> bool:
+        """Whether it is its turn."""
+        return self.block is None or self.block.running() is not None
+
+
+class Stop:
+    """What one visiting does at one module."""
+
+    def __init__(self, visiting: Visiting) -> None:
+        self.visiting = visiting
+        self.before: list[Guest] = []
+        self.after: list[Guest] = []
+        self.attention: list[Guest] = []
+        self.instead: Callable[[], Any] | None = None  # of running the module
+        self.begins: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None  # called with its arguments
+        self.ends: Callable[[Any], None] | None = None  # and with what it returns
+        self.gives: list[Stop] = []  # blocks that want to know how the module attended
+        self.runs: int | None = None  # of a block, counted
+        self.open: dict[int, dict[str, Any]] | None = None  # of a block: thread -> what its call has left so far
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """The module is called."""
+        if self.begins is not None:
+            self.begins(args, kwargs)
+        if self.runs is not None:
+            self.runs += 1
+        given = hidden_input(args, kwargs) if self.before or self.open is not None else None
+        if given is not None and self.before:
+            new = _seen_by(self.before, given)
+            if new is not given:
+                args, kwargs = with_hidden_input(args, kwargs, new)
+                given = new
+        if self.open is not None:
+            self.open[_thread()] = {"given": given}
+        return args, kwargs
+
+    def end(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The module returns."""
+        if self.ends is not None:
+            self.ends(output)
+        for guest in self.after:
+            if guest.expected():
+                output = self._seen(guest.visitor, module, args, kwargs, output)
+        return output
+
+    def leave(self) -> None:
+        """The call is over, be it by an exception."""
+        if self.open is not None:
+            self.open.pop(_thread(), None)
+
+    def running(self) -> dict[str, Any] | None:
+        """What the call of a block that this thread runs has left so far; None when it runs none."""
+        return None if self.open is None else self.open.get(_thread())
+
+    def _seen(self, visitor: Visitor, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        component = visitor.site.component
+        old = logits_of(output) if component == "logits" else hidden_state(output, hidden_index(module))
+        if old is None:
+            return output
+        if component == "result":
+            new = self._of_heads(visitor, module, hidden_input(args, kwargs), old)
+        elif component == "resid_mid":
+            new = self._of_stream(visitor, old)
+        else:
+            new = visitor.visit(old)
+        return output if new is None or new is old else with_hidden_state(output, old, new)
+
+    def _of_heads(self, visitor: Visitor, module: Any, given: Tensor | None, old: Tensor) -> Tensor | None:
+        """What each head writes is found by asking the projection once per head."""
+        call = self._left(visitor.site, "attention")
+        if call is None or given is None:
+            return None
+        with self.visiting.aside():  # what is inside the projection runs once more per head
+            each, _ = results(module, call.z, given.shape)
+        new = visitor.visit(each)
+        return None if new is None or new is each else old + (new - each).sum(2).reshape(old.shape)
+
+    def _of_stream(self, visitor: Visitor, attn: Tensor) -> Tensor | None:
+        """The stream after attention is changed by what attention adds to it."""
+        given = self._left(visitor.site, "given")
+        if given is None:
+            return None
+        mid = given + attn.reshape(given.shape)
+        new = visitor.visit(mid)
+        return None if new is None or new is mid else attn + (new - mid).reshape(attn.shape)
+
+    def _left(self, site: Site, what: str) -> Any:
+        return (self.visiting.blocks[site.layer].running() or {}).get(what)
+
+    # ------------------------------------------------------------ attention
+
+    def attend(self, module: Any, given: dict[str, Any], implementation: str, run: Callable[..., Any]) -> Any:
+        """The module attends."""
+        for name, argument in (("q", "query"), ("k", "key"), ("v", "value")):
+            guests = self._visitors(name)
+            if guests and isinstance(given.get(argument), Tensor):
+                heads = given[argument].transpose(1, 2)
+                new = _seen_by(guests, heads)
+                if new is not heads:
+                    given = {**given, argument: new.transpose(1, 2)}
+        result = run(given)
+        patterns, zs = self._visitors("pattern"), self._visitors("z")
+        if not patterns and not zs and not self.gives:
+            return result
+        call = attention_of(module, given, implementation, result)
+        if isinstance(call, str):
+            site = next((guest.visitor.site for guest in self.attention), "result")
+            raise WrongState(f"{site} cannot be read: {call}", "attention by heads", "Leave it out")
+        z = _seen_by(zs, _through_pattern(patterns, call) if patterns else call.z)
+        if z is not call.z:
+            result = with_hidden_state(result, call.z, z)
+            call = call._replace(z=z)
+        for block in self.gives:
+            left = block.running()
+            if left is not None:
+                left["attention"] = call
+        return result
+
+    def _visitors(self, component: str) -> list[Guest]:
+        return [guest for guest in self.attention if guest.visitor.site.component == component and guest.expected()]
+
+
+def _through_pattern(guests: Sequence[Guest], call: Attention) -> Tensor:
+    pattern = pattern_of(call)
+    if isinstance(pattern, str):
+        raise WrongState(f"{guests[0].visitor.site} cannot be given: {pattern}", "a checked pattern", "Leave it out")
+    new = _seen_by(guests, pattern.tensor)
+    return call.z if new is pattern.tensor else with_pattern(call, pattern.tensor, new)
+
+
+def _seen_by(guests: Iterable[Guest], whole: Tensor) -> Tensor:
+    """What is left of a tensor when each of the visitors has seen what the one before made of it."""
+    for guest in guests:
+        new = guest.visitor.visit(whole) if guest.expected() else None
+        whole = whole if new is None else new
+    return whole
+
+
+def _thread() -> int:
+    return 0 if is_dynamo_compiling() else threading.get_ident()
+
+
+# ---------------------------------------------------------------- all of them
+
+
+class Visiting:
+    """Visitors at the sites of one model, while it lasts.
+
+    Args:
+        root: the module whose dotted names count.
+        anatomy: of it; None if no site needs it.
+        own_thread: whether forwards of other threads are none of its business.
+    """
+
+    def __init__(self, root: nn.Module, anatomy: Anatomy | None, *, own_thread: bool) -> None:
+        self.root, self.anatomy = root, anatomy
+        self.thread = threading.get_ident() if own_thread else None
+        self.stops: dict[nn.Module, Stop] = {}
+        self.blocks: dict[int | None, Stop] = {}  # by layer
+        self._aside = False
+        self._times: Counter[nn.Module] | None = None  # module -> in how many blocks it is
+
+    def stop(self, name: str) -> Stop:
+        """What happens at a module, by its dotted name."""
+        return self.stops.setdefault(self.root.get_submodule(name), Stop(self))
+
+    def block(self, layer: int) -> Stop:
+        """What happens at a block, whose runs are known."""
+        assert self.anatomy is not None
+        stop = self.blocks.setdefault(layer, self.stop(self.anatomy.blocks[layer].name))
+        stop.open = {} if stop.open is None else stop.open
+        return stop
+
+    def add(self, visitor: Visitor, place: Place) -> None:
+        """Have a visitor see what passes a place, after those that were added before."""
+        site, stop = visitor.site, self.stop(place.module)
+        block = None
+        if site.layer is not None and self._shared(place.module):
+            block = self.block(site.layer)
+        guests = {BEFORE: stop.before, AFTER: stop.after, ATTENTION: stop.attention}[place.side]
+        guests.append(Guest(visitor, block))
+        if site.component == "result" or (site.component == "resid_mid" and place.side == AFTER):
+            assert site.layer is not None
+            assert self.anatomy is not None
+            block = self.block(site.layer)
+            if site.component == "result":
+                attention = self.stop(str(self.anatomy.blocks[site.layer].attention))
+                attention.gives += [] if block in attention.gives else [block]
+
+    def _shared(self, name: str) -> bool:
+        """Whether a module is in more than one block, in each of which it is another site."""
+        if self._times is None:
+            assert self.anatomy is not None
+            blocks = [self.root.get_submodule(block.name) for block in self.anatomy.blocks]
+            self._times = Counter(part for block in blocks for part in block.modules())
+        return self._times[self.root.get_submodule(name)] > 1
+
+    def here(self) -> bool:
+        """Whether a call that begins now is visited."""
+        return not self._aside and (self.thread is None or threading.get_ident() == self.thread)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What runs inside is not visited."""
+        before, self._aside = self._aside, True
+        try:
+            yield
+        finally:
+            self._aside = before
+
+    def attach(self, leaving: ExitStack) -> None:
+        """Stop at all these modules until `leaving` is left."""
+        for module, stop in self.stops.items():
+            _arrive(module, stop)
+            leaving.callback(_depart, module, stop)
+        if any(stop.attention or stop.gives for stop in self.stops.values()):
+            leaving.enter_context(around_attention(self._attend))
+
+    def _attend(self, module: nn.Module, given: dict[str, Any], implementation: str, run: Attend) -> Any:
+        for stop in module.__dict__.get(STOPS, ()):
+            if stop.visiting is self and (stop.attention or stop.gives) and self.here():
+                return stop.attend(module, given, implementation, run)
+        return run(given)
+
+
+def _arrive(module: nn.Module, stop: Stop) -> None:
+    stops = module.__dict__.get(STOPS, ())
+    if not stops:
+        try:
+            change_beneath(module, visited_class)
+        except TypeError as error:
+            raise BadType(
+                f"{type(module).__name__} cannot be visited: {error}",
+                "a module whose class can be subclassed",
+                "Leave its sites out",
+            ) from None
+    module.__dict__[STOPS] = (*stops, stop)
+
+
+def _depart(module: nn.Module, stop: Stop) -> None:
+    left = tuple(other for other in module.__dict__.get(STOPS, ()) if other is not stop)
+    if left:
+        module.__dict__[STOPS] = left
+        return
+    module.__dict__.pop(STOPS, None)
+    change_beneath(module, lambda cls: original_class(cls) if _is_visited(cls) else cls)
