@@ -65,9 +65,9 @@ def _wrapped(registry: Any, implementation: str, default: Any = None) -> Any:
     original = type(registry).get_interface(registry, implementation, default)
     if original is None:
         return None
-    names = _names(original)
 
     def attend(*args: Any, **kwargs: Any) -> Any:
+        names = FIRST if len(args) <= len(FIRST) else _names(original)  # which Dynamo could not trace
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         module = given.pop("module", None)
 

@@ -1,9 +1,34 @@
-"""Looking inside, by sites: what a model is made of, verified, and what its parts compute."""
+"""Looking inside and intervening, by sites: what a model is made of, what its parts compute, and what they cause."""
 
 from .anatomy import Anatomy, anatomy
 from .checks import Check
+from .editing import Editing, editing
+from .edits import Add, Custom, Edit, Noise, Project, Scale, When, Zero
 from .identifying import Block
+from .replacements import Freeze, Mean, Patch, Resample
 from .running import Run, run
 from .sites import Site
 
-__all__ = ["Anatomy", "Block", "Check", "Run", "Site", "anatomy", "run"]
+__all__ = [
+    "Add",
+    "Anatomy",
+    "Block",
+    "Check",
+    "Custom",
+    "Edit",
+    "Editing",
+    "Freeze",
+    "Mean",
+    "Noise",
+    "Patch",
+    "Project",
+    "Resample",
+    "Run",
+    "Scale",
+    "Site",
+    "When",
+    "Zero",
+    "anatomy",
+    "editing",
+    "run",
+]

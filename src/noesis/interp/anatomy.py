@@ -18,6 +18,7 @@ from ..internals import compiled
 from ..layers import is_linear, select
 from ..text import plain, table
 from ..wrapping import Wrapped, resolve
+from .aside import aside
 from .attention import PATTERN
 from .checks import Check, check_equal, same
 from .identifying import BLOCK, HEADS, Block, identify
@@ -112,9 +113,10 @@ def anatomy(model: Any, *args: Any, **inputs: Any) -> Anatomy:
     return anatomy_of(model, args, inputs)
 
 
-def anatomy_of(model: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> Anatomy:
-    """The same, of arguments that are given as such."""
+def anatomy_of(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], call: nn.Module | None = None) -> Anatomy:
+    """The same, of arguments that are given as such; `call` is what to call instead of the whole model."""
     called, root = called_and_root(model)
+    called = called if call is None else call
     if root.training:
         raise WrongState(
             f"{type(root).__name__} is in training mode, in which dropout draws and norms learn",
@@ -134,9 +136,14 @@ def anatomy_of(model: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> Ana
     args, inputs = spare(args, inputs)
     devices = {tensor.device for tensor in root.parameters() if tensor.is_cuda}
     paused = model.paused() if isinstance(model, Wrapped) else nullcontext()  # it is no step of the user's
-    with paused, torch.random.fork_rng(devices=devices):  # whose own run draws what it would have drawn
-        call = functools.partial(called, *args, **inputs)
-        recorded = record(call, root, named, ended, also=[] if embedding is None else [embedding])
+    with aside(), paused, torch.random.fork_rng(devices=devices):  # whose own run draws what it would have drawn
+        recorded = record(
+            functools.partial(called, *args, **inputs),
+            root,
+            named,
+            ended,
+            also=[] if embedding is None else [embedding],
+        )
     if not last:
         raise WrongState(
             f"none of the {len(named)} blocks of {type(root).__name__} ran",

@@ -76,8 +76,21 @@ class Pattern(NamedTuple):
 def pattern_of(call: Attention) -> Pattern | str:
     """The attention pattern of a call; or why it cannot be recomputed.
 
-    softmax(cap(scale q k^T) + bias + mask), with sinks as one more key that is dropped after the softmax. A pattern is
-    given only if it says what the model computed: p v must be z.
+    A pattern is given only if it says what the model computed: p v must be z.
+    """
+    pattern = unverified_pattern(call)
+    if isinstance(pattern, str):
+        return pattern
+    check = check_equal(PATTERN, call.z.transpose(1, 2), pattern @ _values(call))
+    if not check.holds:
+        return "the pattern that follows from q and k is not what the model used: p v differs from z"
+    return Pattern(pattern, check)
+
+
+def unverified_pattern(call: Attention) -> Tensor | str:
+    """The same without the check, which compiled code cannot decide by: softmax(cap(scale q k^T) + bias + mask).
+
+    Sinks are one more key, which is dropped after the softmax.
     """
     if call.implementation not in ("sdpa", "eager"):
         return f"the masks of attention by {call.implementation!r} are its own (sdpa and eager are known)"
@@ -85,7 +98,6 @@ def pattern_of(call: Attention) -> Pattern | str:
         return "its mask is no tensor of four dimensions"
     group = call.q.shape[1] // call.k.shape[1]
     keys = call.k.float().repeat_interleave(group, dim=1)
-    values = call.v.float().repeat_interleave(group, dim=1)
     scale = call.q.shape[-1] ** -0.5 if call.scaling is None else call.scaling
     scores = call.q.float() @ keys.transpose(2, 3) * scale
     if call.softcap is not None:
@@ -104,14 +116,15 @@ def pattern_of(call: Attention) -> Pattern | str:
     pattern = scores.softmax(-1)[..., :length]
     if call.mask is not None and call.mask.dtype == torch.bool:  # where a query may see nothing, sdpa gives zeros
         pattern = pattern.nan_to_num(0.0)
-    check = check_equal(PATTERN, call.z.transpose(1, 2), pattern @ values)
-    if not check.holds:
-        return "the pattern that follows from q and k is not what the model used: p v differs from z"
-    return Pattern(pattern, check)
+    return pattern
+
+
+def _values(call: Attention) -> Tensor:
+    """The values in float32, one for each head of the queries."""
+    return call.v.float().repeat_interleave(call.q.shape[1] // call.k.shape[1], dim=1)
 
 
 def with_pattern(call: Attention, old: Tensor, new: Tensor) -> Tensor:
     """The z of a call with another pattern; bit for bit its own where the pattern stays."""
-    values = call.v.float().repeat_interleave(call.q.shape[1] // call.k.shape[1], dim=1)
-    change = ((new - old) @ values).transpose(1, 2)
+    change = ((new - old) @ _values(call)).transpose(1, 2)
     return (call.z.float() + change).to(call.z.dtype)

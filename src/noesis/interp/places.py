@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import BadValue
@@ -111,10 +112,24 @@ def place_of(site: Site, anatomy: Anatomy | None) -> Place:
 
 
 def change_of(site: Site, anatomy: Anatomy | None) -> Place:
-    """Where what passes a site can be changed: the stream after attention is changed by what attention adds to it."""
-    if site.component == "resid_mid" and anatomy is not None and site.layer is not None:
-        return Place(str(anatomy.blocks[site.layer].attn), AFTER)
-    return place_of(site, anatomy)
+    """Where what passes a site can be changed: the stream after attention is changed by what attention adds to it.
+
+    Raises:
+        NoesisError: (a ValueError) where that is not known.
+    """
+    place = place_of(site, anatomy)
+    if site.component != "resid_mid":
+        return place
+    assert anatomy is not None
+    assert site.layer is not None
+    block = anatomy.blocks[site.layer]
+    if block.attn is None:
+        raise BadValue(
+            f"{site} is to be changed, and what attention adds there is not known: {block.refused.get('attn')}",
+            "a site that can be changed",
+            f"Change resid_pre.{site.layer}, or mlp.{site.layer}",
+        )
+    return Place(block.attn, AFTER)
 
 
 # ---------------------------------------------------------------- parts of a tensor
@@ -124,22 +139,42 @@ def part_of(site: Site, whole: Tensor) -> Tensor:
     """The head and position of a site, of the component's tensor; a view, without these dimensions."""
     part = whole
     if site.position is not None:
-        axis = token_axis(site)
         check_position(site, whole, site.position)
-        part = part.select(axis, site.position)
+        part = part.select(token_axis(site), site.position)
     if site.head is not None:
-        part = part.select(1 if site.component == "pattern" else 2 - (site.position is not None), site.head)
+        part = part.select(_head_axis(site), site.head)
     return part
+
+
+def with_part(site: Site, whole: Tensor, part: Tensor) -> Tensor:
+    """The component's tensor with the site's part replaced."""
+    if site.head is not None:
+        outer = part_of(site._replace(head=None), whole)
+        part = torch.select_scatter(outer, part, _head_axis(site), site.head)
+    if site.position is not None:
+        part = torch.select_scatter(whole, part, token_axis(site), site.position)
+    return part
+
+
+def narrowed(value: Tensor, wider: Site, site: Site) -> Tensor:
+    """The part of a site, of what was kept of one that holds it."""
+    if site.position is not None and wider.position is None:
+        axis = token_axis(site) - (site.component == "pattern" and wider.head is not None)
+        check_position(site, value, site.position)
+        value = value.select(axis, site.position)
+    if site.head is not None and wider.head is None:
+        value = value.select(_head_axis(site), site.head)
+    return value
+
+
+def _head_axis(site: Site) -> int:
+    """The dimension of the heads, once the position is taken."""
+    return 1 if site.component == "pattern" else 2 - (site.position is not None)
 
 
 def token_axis(site: Site) -> int:
     """The dimension of the tokens: of a pattern, that of the queries."""
     return 2 if site.component == "pattern" else 1
-
-
-def head_axis(site: Site) -> int:
-    """The dimension of the heads."""
-    return 1 if site.component == "pattern" else 2
 
 
 def check_position(site: Site, whole: Tensor, position: int) -> None:

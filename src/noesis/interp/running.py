@@ -14,6 +14,9 @@ from ..errors import BadValue, WrongState
 from ..results import Activations
 from ..wrapping import Keeping
 from .anatomy import Anatomy, anatomy_of, called_and_root, logits_of
+from .editing import Editing, editing
+from .edits import Edit
+from .ordering import in_order
 from .places import check_anatomy, expanded, needs_anatomy, part_of, place_of
 from .recording import arguments
 from .sites import Site, canonical, read
@@ -39,10 +42,13 @@ class Run:
         output: what the model returned, bit for bit what it returns without noesis.
         activations: site -> tensors on the CPU, one per call, as `noesis.Activations`.
         anatomy: of the model, to hand to the next run; None where no site needed it.
+        editing: what the edits of this run have done, as an `Editing`; None without edits.
     """
 
-    def __init__(self, output: Any, activations: Activations, anatomy: Anatomy | None) -> None:
-        self.output, self.activations, self.anatomy = output, activations, anatomy
+    def __init__(
+        self, output: Any, activations: Activations, anatomy: Anatomy | None, editing: Editing | None = None
+    ) -> None:
+        self.output, self.activations, self.anatomy, self.editing = output, activations, anatomy, editing
 
     @property
     def fired(self) -> dict[str, int]:
@@ -88,6 +94,7 @@ def run(
     inputs: Any,
     *,
     keep: str | Site | Iterable[str | Site] = (),
+    edits: Iterable[Edit] = (),
     anatomy: Anatomy | None = None,
     max_bytes: int = 1 << 30,
 ) -> Run:
@@ -122,6 +129,7 @@ def run(
         model: an `nn.Module`, or the result of `noesis.wrap`.
         inputs: a mapping of arguments, a tuple of them, or one.
         keep: sites.
+        edits: changes, applied in their order; what is kept is what is there after them. See `editing`.
         anatomy: of this model, from `interp.anatomy` or an earlier run; without it, sites of components cost one more
             forward, in which it is found.
         max_bytes: the most bytes of activations to hold.
@@ -133,10 +141,10 @@ def run(
     """
     called, root = called_and_root(model)
     args, kwargs = arguments(inputs)
-    asked = read(keep, root)
+    asked, edits = read(keep, root), tuple(in_order(tuple(edits)).values())
     if anatomy is not None:
         check_anatomy(anatomy, root)
-    elif needs_anatomy(asked):
+    elif needs_anatomy(asked) or any(needs_anatomy(edit.asked(root)) for edit in edits):
         anatomy = anatomy_of(model, args, kwargs)
     sites = expanded(asked, anatomy)
     acts = Activations({str(site): [] for site in sites}, meta={"model": type(root).__name__})
@@ -146,7 +154,10 @@ def run(
         visiting.add(_Keeper(site, keeping), place_of(site, anatomy))
         if site.layer is not None:
             visiting.block(site.layer).runs = 0
+    at_work = editing(model, *edits, anatomy=anatomy) if edits else None
     with torch.no_grad(), ExitStack() as leaving:
+        if at_work is not None:
+            leaving.enter_context(at_work)
         visiting.attach(leaving)
         output = called(*args, **kwargs)
     if acts.unmeasured:
@@ -159,7 +170,7 @@ def run(
             "sites that the model reaches",
             "Give inputs that reach them, leave them out, or give the model as it was before it was compiled",
         )
-    return Run(output, acts, anatomy)
+    return Run(output, acts, anatomy, at_work)
 
 
 # ---------------------------------------------------------------- keeping it

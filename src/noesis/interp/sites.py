@@ -155,7 +155,7 @@ def canonical(text: str) -> str | None:
     try:
         asked = read(text, None)[0]
     except BadValue:
-        return f"{MODULE}:{text}"
+        return text if text.startswith(f"{MODULE}:") else f"{MODULE}:{text}"
     if asked.component in WHOLE:
         return str(Site(asked.component, position=asked.positions[0]))
     single = asked.layers.isdigit() and (not asked.heads or asked.heads.isdigit()) and len(asked.positions) == 1

@@ -6,12 +6,15 @@ compiled code, which is guarded by classes, is compiled again once and misses no
 
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
@@ -20,7 +23,8 @@ from ..internals import Attend, around_attention, passed_over, register_block
 from ..layers import hidden_index, hidden_state
 from ..observing import Generated, change_beneath, make_subclass, original_class, subclass_of
 from .anatomy import Anatomy, logits_of
-from .attention import Attention, attention_of, pattern_of, with_pattern
+from .aside import aside, is_aside
+from .attention import Attention, attention_of, pattern_of, unverified_pattern, with_pattern
 from .identifying import results
 from .places import AFTER, ATTENTION, BEFORE, Place, with_hidden_input, with_hidden_state
 from .recording import hidden_input
@@ -49,6 +53,8 @@ class Visited(Generated):
     @passed_over
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module, and stop before and after it."""
+        if not isinstance(self, Visited):  # left since; torch.compile keeps a bound `__call__`
+            return type(self).__call__(self, *args, **kwargs)
         stops = [stop for stop in self.__dict__.get(STOPS, ()) if stop.visiting.here()]
         if not stops:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -61,7 +67,7 @@ class Visited(Generated):
                 begun.append(stop)
                 args, kwargs = stop.begin(args, kwargs)
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
-            for stop in reversed(stops):
+            for stop in stops:
                 output = stop.end(self, args, kwargs, output)
         finally:
             for stop in begun:
@@ -76,17 +82,36 @@ class Visited(Generated):
         function, arguments, state, *rest = reduced
         cls = type(self)
         if arguments and arguments[0] is cls and _is_visited(cls):
-            arguments = (original_class(cls), *arguments[1:])
+            function, arguments = _new, (original_class(cls), *arguments[1:])
         return (function, arguments, {name: value for name, value in state.items() if name != STOPS}, *rest)
+
+
+def _new(original: type, *args: Any) -> Any:
+    made: Any = original
+    return made.__new__(original, *args)
 
 
 def visited_class(original: type) -> type:
     """The subclass of a module class that stops, made once."""
     made = subclass_of(original, Visited.slot)
     if made is None:
-        made = make_subclass(original, Visited)
+        generate = inspect.getattr_static(original, "generate", None)
+        body = {"generate": _within_generation(generate)} if inspect.isfunction(generate) else {}
+        made = make_subclass(original, Visited, **body)
         register_block(original, made)
     return made
+
+
+def _within_generation(generate: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(generate)
+    def visited_generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as leaving:
+            for stop in self.__dict__.get(STOPS, ()):
+                if stop.generation is not None and stop.visiting.here():
+                    leaving.enter_context(stop.generation())
+            return generate(self, *args, **kwargs)
+
+    return visited_generate
 
 
 def _is_visited(cls: type) -> bool:
@@ -108,12 +133,13 @@ class Guest(NamedTuple):
 class Stop:
     """What one visiting does at one module."""
 
-    def __init__(self, visiting: Visiting) -> None:
-        self.visiting = visiting
+    def __init__(self, visiting: Visiting, index: int | None) -> None:
+        self.visiting, self.index = visiting, index  # index: of the hidden state in what the module returns
         self.before: list[Guest] = []
         self.after: list[Guest] = []
         self.attention: list[Guest] = []
         self.instead: Callable[[], Any] | None = None  # of running the module
+        self.generation: Callable[[], AbstractContextManager[None]] | None = None  # around `generate`
         self.begins: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None  # called with its arguments
         self.ends: Callable[[Any], None] | None = None  # and with what it returns
         self.gives: list[Stop] = []  # blocks that want to know how the module attended
@@ -156,7 +182,7 @@ class Stop:
 
     def _seen(self, visitor: Visitor, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         component = visitor.site.component
-        old = logits_of(output) if component == "logits" else hidden_state(output, hidden_index(module))
+        old = logits_of(output) if component == "logits" else hidden_state(output, self.index)
         if old is None:
             return output
         if component == "result":
@@ -169,13 +195,20 @@ class Stop:
 
     def _of_heads(self, visitor: Visitor, module: Any, given: Tensor | None, old: Tensor) -> Tensor | None:
         """What each head writes is found by asking the projection once per head."""
-        call = self._left(visitor.site, "attention")
-        if call is None or given is None:
+        heads = self._left(visitor.site, "heads")
+        if heads is None or given is None:
             return None
-        with self.visiting.aside():  # what is inside the projection runs once more per head
-            each, _ = results(module, call.z, given.shape)
+        if "results" not in heads:
+            with (
+                nullcontext() if is_dynamo_compiling() else aside()
+            ):  # what is inside the projection runs once more per head
+                heads["results"], _ = results(module, heads["call"].z, given.shape)
+        each: Tensor = heads["results"]
         new = visitor.visit(each)
-        return None if new is None or new is each else old + (new - each).sum(2).reshape(old.shape)
+        if new is None or new is each:
+            return None
+        heads["results"] = new
+        return old + (new - each).sum(2).reshape(old.shape)
 
     def _of_stream(self, visitor: Visitor, attn: Tensor) -> Tensor | None:
         """The stream after attention is changed by what attention adds to it."""
@@ -189,45 +222,51 @@ class Stop:
     def _left(self, site: Site, what: str) -> Any:
         return (self.visiting.blocks[site.layer].running() or {}).get(what)
 
-    # ------------------------------------------------------------ attention
 
-    def attend(self, module: Any, given: dict[str, Any], implementation: str, run: Callable[..., Any]) -> Any:
-        """The module attends."""
-        for name, argument in (("q", "query"), ("k", "key"), ("v", "value")):
-            guests = self._visitors(name)
-            if guests and isinstance(given.get(argument), Tensor):
-                heads = given[argument].transpose(1, 2)
-                new = _seen_by(guests, heads)
-                if new is not heads:
-                    given = {**given, argument: new.transpose(1, 2)}
-        result = run(given)
-        patterns, zs = self._visitors("pattern"), self._visitors("z")
-        if not patterns and not zs and not self.gives:
-            return result
-        call = attention_of(module, given, implementation, result)
-        if isinstance(call, str):
-            site = next((guest.visitor.site for guest in self.attention), "result")
-            raise WrongState(f"{site} cannot be read: {call}", "attention by heads", "Leave it out")
-        z = _seen_by(zs, _through_pattern(patterns, call) if patterns else call.z)
-        if z is not call.z:
-            result = with_hidden_state(result, call.z, z)
-            call = call._replace(z=z)
-        for block in self.gives:
-            left = block.running()
-            if left is not None:
-                left["attention"] = call
+# ---------------------------------------------------------------- attention
+
+
+def attend(stops: Sequence[Stop], module: Any, given: dict[str, Any], implementation: str, run: Attend) -> Any:
+    """A module attends, at which there are stops."""
+    guests = [guest for stop in stops for guest in stop.attention if guest.expected()]
+
+    def of(component: str) -> list[Guest]:
+        return [guest for guest in guests if guest.visitor.site.component == component]
+
+    for component, argument in (("q", "query"), ("k", "key"), ("v", "value")):
+        visitors = of(component)
+        if visitors and isinstance(given.get(argument), Tensor):
+            heads = given[argument].transpose(1, 2)
+            new = _seen_by(visitors, heads)
+            if new is not heads:
+                given = {**given, argument: new.transpose(1, 2)}
+    result = run(given)
+    patterns, zs, gives = of("pattern"), of("z"), [block for stop in stops for block in stop.gives]
+    if not patterns and not zs and not gives:
         return result
-
-    def _visitors(self, component: str) -> list[Guest]:
-        return [guest for guest in self.attention if guest.visitor.site.component == component and guest.expected()]
+    call = attention_of(module, given, implementation, result)
+    if isinstance(call, str):
+        site = guests[0].visitor.site if guests else "result"
+        raise WrongState(f"{site} cannot be read: {call}", "attention by heads", "Leave it out")
+    z = _seen_by(zs, _through_pattern(patterns, call) if patterns else call.z)
+    if z is not call.z:
+        result = with_hidden_state(result, call.z, z)
+        call = call._replace(z=z)
+    heads = {"call": call}  # one for all, so that those who keep see what others changed
+    for block in gives:
+        left = block.running()
+        if left is not None:
+            left["heads"] = heads
+    return result
 
 
 def _through_pattern(guests: Sequence[Guest], call: Attention) -> Tensor:
-    pattern = pattern_of(call)
-    if isinstance(pattern, str):
-        raise WrongState(f"{guests[0].visitor.site} cannot be given: {pattern}", "a checked pattern", "Leave it out")
-    new = _seen_by(guests, pattern.tensor)
-    return call.z if new is pattern.tensor else with_pattern(call, pattern.tensor, new)
+    found = unverified_pattern(call) if is_dynamo_compiling() else pattern_of(call)
+    if isinstance(found, str):
+        raise WrongState(f"{guests[0].visitor.site} cannot be given: {found}", "a checked pattern", "Leave it out")
+    pattern = found if isinstance(found, Tensor) else found.tensor
+    new = _seen_by(guests, pattern)
+    return call.z if new is pattern else with_pattern(call, pattern, new)
 
 
 def _seen_by(guests: Iterable[Guest], whole: Tensor) -> Tensor:
@@ -259,12 +298,20 @@ class Visiting:
         self.thread = threading.get_ident() if own_thread else None
         self.stops: dict[nn.Module, Stop] = {}
         self.blocks: dict[int | None, Stop] = {}  # by layer
-        self._aside = False
+        self.clocked: list[Stop] = []  # of what is called for a step
+        self._attached: set[nn.Module] = set()
+        self._attends = False
         self._times: Counter[nn.Module] | None = None  # module -> in how many blocks it is
 
     def stop(self, name: str) -> Stop:
         """What happens at a module, by its dotted name."""
-        return self.stops.setdefault(self.root.get_submodule(name), Stop(self))
+        return self.stop_of(self.root.get_submodule(name))
+
+    def stop_of(self, module: nn.Module) -> Stop:
+        """The same, of the module itself."""
+        if module not in self.stops:
+            self.stops[module] = Stop(self, hidden_index(module))
+        return self.stops[module]
 
     def block(self, layer: int) -> Stop:
         """What happens at a block, whose runs are known."""
@@ -299,34 +346,38 @@ class Visiting:
 
     def here(self) -> bool:
         """Whether a call that begins now is visited."""
-        return not self._aside and (self.thread is None or threading.get_ident() == self.thread)
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """What runs inside is not visited."""
-        before, self._aside = self._aside, True
-        try:
-            yield
-        finally:
-            self._aside = before
+        if is_dynamo_compiling():
+            return self.thread is None
+        return not is_aside() and (self.thread is None or threading.get_ident() == self.thread)
 
     def attach(self, leaving: ExitStack) -> None:
-        """Stop at all these modules until `leaving` is left."""
+        """Stop at all these modules until `leaving` is left; also at those that were added since."""
         for module, stop in self.stops.items():
-            _arrive(module, stop)
-            leaving.callback(_depart, module, stop)
-        if any(stop.attention or stop.gives for stop in self.stops.values()):
+            if module not in self._attached:
+                self._attached.add(module)
+                leaving.callback(self._attached.discard, module)
+                _arrive(module, stop)
+                leaving.callback(_depart, module, stop)
+        if not self._attends and any(stop.attention or stop.gives for stop in self.stops.values()):
+            self._attends = True
             leaving.enter_context(around_attention(self._attend))
 
+    def clear(self) -> None:
+        """Send all visitors away; the stops stay."""
+        for stop in self.stops.values():
+            stop.before, stop.after, stop.attention, stop.gives = [], [], [], []
+
     def _attend(self, module: nn.Module, given: dict[str, Any], implementation: str, run: Attend) -> Any:
-        for stop in module.__dict__.get(STOPS, ()):
-            if stop.visiting is self and (stop.attention or stop.gives) and self.here():
-                return stop.attend(module, given, implementation, run)
-        return run(given)
+        here = [stop for stop in module.__dict__.get(STOPS, ()) if stop.visiting.here()]
+        stops = [stop for stop in here if stop.attention or stop.gives]
+        # Of several visitings, each of which is asked, one does it for all, in their order.
+        return attend(stops, module, given, implementation, run) if stops and stops[-1].visiting is self else run(given)
 
 
 def _arrive(module: nn.Module, stop: Stop) -> None:
     stops = module.__dict__.get(STOPS, ())
+    if isinstance(module, torch.jit.ScriptModule):
+        raise BadType("a ScriptModule", "a module in Python", "Give the model as it was before scripting")
     if not stops:
         try:
             change_beneath(module, visited_class)
@@ -336,7 +387,8 @@ def _arrive(module: nn.Module, stop: Stop) -> None:
                 "a module whose class can be subclassed",
                 "Leave its sites out",
             ) from None
-    module.__dict__[STOPS] = (*stops, stop)
+    # Those who change before those who look, whoever came first: what is kept is what others go on with.
+    module.__dict__[STOPS] = tuple(sorted((*stops, stop), key=lambda each: each.visiting.thread is not None))
 
 
 def _depart(module: nn.Module, stop: Stop) -> None:
