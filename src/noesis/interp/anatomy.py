@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ class Anatomy:
         norm: the final norm, whose input is what the last block returned.
         unembed: the unembedding, whose input is what the final norm returned.
         checks: the identities of the whole, with their errors.
+        shared: modules that are in several blocks, in each of which they are another site.
         refused: of the whole, component -> why; those of a block are in its `refused`.
     """
 
@@ -59,6 +61,7 @@ class Anatomy:
     norm: str | None = None
     unembed: str | None = None
     checks: list[Check] = field(default_factory=list)
+    shared: frozenset[str] = frozenset()
     refused: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -117,6 +120,8 @@ def anatomy_of(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], call: 
     """The same, of arguments that are given as such; `call` is what to call instead of the whole model."""
     called, root = called_and_root(model)
     called = called if call is None else call
+    if any(map(compiled, root.modules())):
+        raise is_compiled(root)
     if root.training:
         raise WrongState(
             f"{type(root).__name__} is in training mode, in which dropout draws and norms learn",
@@ -151,6 +156,7 @@ def anatomy_of(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], call: 
             "Give inputs that reach them, and a model that was not compiled",
         )
     found = Anatomy(type(root).__name__, [blocks.get(name) or _idle(name) for name in named])
+    found.shared = _shared(root, found.blocks)
     _ends(found, embedding, recorded, last[0])
     logger.debug("anatomy of {}: {} blocks", found.model, len(found.blocks))
     return found
@@ -169,13 +175,26 @@ def called_and_root(model: Any) -> tuple[Any, nn.Module]:
             "an nn.Module",
             "Give its denoiser, such as pipe.transformer or pipe.unet, and that one's inputs",
         )
-    if compiled(called) or any(map(compiled, root.modules())):
-        raise BadValue(
-            f"{type(root).__name__} is compiled, so that what is inside it need not run as modules",
-            "a model in eager mode",
-            "Give it as it was before torch.compile",
-        )
+    if compiled(called):
+        raise is_compiled(root)
     return called, root
+
+
+def is_compiled(root: nn.Module) -> BadValue:
+    """The error for a model that is compiled, or has a part that is."""
+    return BadValue(
+        f"{type(root).__name__} is compiled, so that what is inside it need not run as modules",
+        "a model in eager mode",
+        "Give it as it was before torch.compile",
+    )
+
+
+def _shared(root: nn.Module, blocks: list[Block]) -> frozenset[str]:
+    """The modules that several blocks share, by all their names."""
+    times = Counter(part for block in blocks for part in root.get_submodule(block.name).modules())
+    if max(times.values()) == 1:
+        return frozenset()
+    return frozenset(name for name, module in root.named_modules(remove_duplicate=False) if times[module] > 1)
 
 
 def _idle(name: str) -> Block:

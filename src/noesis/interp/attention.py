@@ -81,7 +81,8 @@ def pattern_of(call: Attention) -> Pattern | str:
     pattern = unverified_pattern(call)
     if isinstance(pattern, str):
         return pattern
-    check = check_equal(PATTERN, call.z.transpose(1, 2), pattern @ _values(call))
+    with torch.no_grad():
+        check = check_equal(PATTERN, call.z.transpose(1, 2), pattern @ _values(call))
     if not check.holds:
         return "the pattern that follows from q and k is not what the model used: p v differs from z"
     return Pattern(pattern, check)
@@ -97,7 +98,7 @@ def unverified_pattern(call: Attention) -> Tensor | str:
     if call.mask is not None and not (isinstance(call.mask, Tensor) and call.mask.dim() == 4):
         return "its mask is no tensor of four dimensions"
     group = call.q.shape[1] // call.k.shape[1]
-    keys = call.k.float().repeat_interleave(group, dim=1)
+    keys = _each_head(call.k, group)
     scale = call.q.shape[-1] ** -0.5 if call.scaling is None else call.scaling
     scores = call.q.float() @ keys.transpose(2, 3) * scale
     if call.softcap is not None:
@@ -109,7 +110,7 @@ def unverified_pattern(call: Attention) -> Tensor | str:
         mask = call.mask[..., :length]
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
     elif call.implementation == "sdpa" and call.causal and queries > 1:  # as torch does it: from the upper left
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+        scores = scores.masked_fill(_later(queries, length, scores.device), -torch.inf)
     if call.sinks is not None:
         sinks = call.sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sinks], dim=-1)
@@ -121,7 +122,16 @@ def unverified_pattern(call: Attention) -> Tensor | str:
 
 def _values(call: Attention) -> Tensor:
     """The values in float32, one for each head of the queries."""
-    return call.v.float().repeat_interleave(call.q.shape[1] // call.k.shape[1], dim=1)
+    return _each_head(call.v, call.q.shape[1] // call.k.shape[1])
+
+
+def _each_head(tensor: Tensor, group: int) -> Tensor:
+    return tensor.float() if group == 1 else tensor.float().repeat_interleave(group, dim=1)
+
+
+def _later(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Which keys are later than a query."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).triu(1)
 
 
 def with_pattern(call: Attention, old: Tensor, new: Tensor) -> Tensor:

@@ -51,10 +51,13 @@ def check_sum(identity: str, total: Tensor, parts: Sequence[Tensor]) -> Check:
 
 def check_equal(identity: str, a: Tensor, b: Tensor) -> Check:
     """Check that two ways to compute a tensor agree: the largest difference, relative to the largest number."""
-    b = b.reshape(a.shape).to(a.device)
-    error = _largest(a.double() - b.double()) / max(_largest(a.double()), torch.finfo(torch.float32).tiny)
     eps = max(torch.finfo(tensor.dtype).eps for tensor in (a, b))
-    return Check(identity, error, max(1e-5, 8 * eps))
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    a, b = a.detach().to(dtype), b.detach().reshape(a.shape).to(a.device, dtype)
+    if not a.numel():
+        return Check(identity, float("nan"), max(1e-5, 8 * eps))  # on nothing, nothing can be verified
+    error = (a - b).abs().amax() / a.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    return Check(identity, float(error), max(1e-5, 8 * eps))
 
 
 def _largest(tensor: Tensor) -> float:

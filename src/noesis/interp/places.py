@@ -26,13 +26,13 @@ def check_anatomy(anatomy: Anatomy, root: nn.Module) -> None:
     Raises:
         NoesisError: (a ValueError) when a block is missing.
     """
-    for block in anatomy.blocks:
-        if not has_module(root, block.name):
-            raise BadValue(
-                f"anatomy is of another model: this one has no {block.name!r}",
-                "the anatomy of this model",
-                "Leave it out",
-            )
+    last = anatomy.blocks[-1].name
+    if anatomy.model != type(root).__name__ or not has_module(root, last):
+        raise BadValue(
+            f"anatomy is of another model: of {anatomy.model}, with a block {last!r}",
+            f"the anatomy of this {type(root).__name__}",
+            "Leave it out",
+        )
 
 
 def needs_anatomy(asked: Iterable[Asked]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..wrapping import Keeping
 from .anatomy import Anatomy, anatomy_of, called_and_root, logits_of
 from .editing import Editing, editing
 from .edits import Edit
+from .gradients import Gradients
 from .ordering import in_order
 from .places import check_anatomy, expanded, needs_anatomy, part_of, place_of
 from .recording import arguments
@@ -43,12 +44,19 @@ class Run:
         activations: site -> tensors on the CPU, one per call, as `noesis.Activations`.
         anatomy: of the model, to hand to the next run; None where no site needed it.
         editing: what the edits of this run have done, as an `Editing`; None without edits.
+        grad: of each site, the gradient of the metric that was asked for, as another `Run`; None without one.
     """
 
     def __init__(
-        self, output: Any, activations: Activations, anatomy: Anatomy | None, editing: Editing | None = None
+        self,
+        output: Any,
+        activations: Activations,
+        anatomy: Anatomy | None,
+        editing: Editing | None = None,
+        grad: Activations | None = None,
     ) -> None:
         self.output, self.activations, self.anatomy, self.editing = output, activations, anatomy, editing
+        self.grad: Run | None = None if grad is None else Run(output, grad, anatomy)
 
     @property
     def fired(self) -> dict[str, int]:
@@ -95,10 +103,13 @@ def run(
     *,
     keep: str | Site | Iterable[str | Site] = (),
     edits: Iterable[Edit] = (),
+    grad_of: Callable[[Any], Tensor] | None = None,
     anatomy: Anatomy | None = None,
     max_bytes: int = 1 << 30,
 ) -> Run:
-    """Run a model once, without gradients, and keep the sites that are asked for, nothing else.
+    """Run a model once, and keep the sites that are asked for, nothing else.
+
+    Without `grad_of`, it runs without gradients.
 
     | site | tensor |
     |---|---|
@@ -130,6 +141,8 @@ def run(
         inputs: a mapping of arguments, a tuple of them, or one.
         keep: sites.
         edits: changes, applied in their order; what is kept is what is there after them. See `editing`.
+        grad_of: a metric of what the model returns, one number per example, such as `interp.logit_difference`; its
+            gradient with respect to each site is `run.grad`.
         anatomy: of this model, from `interp.anatomy` or an earlier run; without it, sites of components cost one more
             forward, in which it is found.
         max_bytes: the most bytes of activations to hold.
@@ -147,19 +160,44 @@ def run(
     elif needs_anatomy(asked) or any(needs_anatomy(edit.asked(root)) for edit in edits):
         anatomy = anatomy_of(model, args, kwargs)
     sites = expanded(asked, anatomy)
-    acts = Activations({str(site): [] for site in sites}, meta={"model": type(root).__name__})
-    keeping = Keeping(acts, max_bytes)
+    keeping = Keeping(Activations({str(site): [] for site in sites}, meta={"model": type(root).__name__}), max_bytes)
     visiting = Visiting(root, anatomy, own_thread=True)
     for site in sites:
         visiting.add(_Keeper(site, keeping), place_of(site, anatomy))
         if site.layer is not None:
             visiting.block(site.layer).runs = 0
+    seen = None if grad_of is None else Gradients(sites, anatomy, visiting)
     at_work = editing(model, *edits, anatomy=anatomy) if edits else None
-    with torch.no_grad(), ExitStack() as leaving:
+    with torch.set_grad_enabled(seen is not None), ExitStack() as leaving:
         if at_work is not None:
             leaving.enter_context(at_work)
         visiting.attach(leaving)
         output = called(*args, **kwargs)
+    _check(visiting, sites, keeping.acts)
+    grad = None if seen is None or grad_of is None else seen.of(grad_of, output, max_bytes - keeping.held)
+    return Run(output, keeping.acts, anatomy, at_work, grad)
+
+
+# ---------------------------------------------------------------- keeping it
+
+
+class _Keeper:
+    """Keeps what passes one site."""
+
+    def __init__(self, site: Site, keeping: Keeping) -> None:
+        self.site, self.keeping, self.name = site, keeping, str(site)
+
+    def visit(self, whole: Tensor) -> None:
+        """Keep a copy of the site's part."""
+        self.keeping.keep(self.name, part_of(self.site, whole))
+
+
+def _check(visiting: Visiting, sites: list[Site], acts: Activations) -> None:
+    """Check that all was kept that was asked for.
+
+    Raises:
+        NoesisError: (a ValueError) for what cannot be kept; (a RuntimeError) for a site that did not fire.
+    """
     if acts.unmeasured:
         what = ", ".join(f"{site} ({why})" for site, why in acts.unmeasured.items())
         raise BadValue(f"keep has what cannot be kept: {what}", "sites with a dense floating tensor", "Leave it out")
@@ -170,21 +208,6 @@ def run(
             "sites that the model reaches",
             "Give inputs that reach them, leave them out, or give the model as it was before it was compiled",
         )
-    return Run(output, acts, anatomy, at_work)
-
-
-# ---------------------------------------------------------------- keeping it
-
-
-class _Keeper:
-    """Keeps what passes one site."""
-
-    def __init__(self, site: Site, keeping: Keeping) -> None:
-        self.site, self.keeping = site, keeping
-
-    def visit(self, whole: Tensor) -> None:
-        """Keep a copy of the site's part."""
-        self.keeping.keep(str(self.site), part_of(self.site, whole))
 
 
 def _check_counts(visiting: Visiting, sites: list[Site], acts: Activations) -> None:

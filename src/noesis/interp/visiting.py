@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NamedTuple, Protocol
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from ..errors import BadType, WrongState
-from ..internals import Attend, around_attention, passed_over, register_block
+from ..internals import Attend, around_attention, compiled, passed_over, register_block
 from ..layers import hidden_index, hidden_state
 from ..observing import Generated, change_beneath, make_subclass, original_class, subclass_of
-from .anatomy import Anatomy, logits_of
+from .anatomy import Anatomy, is_compiled, logits_of
 from .aside import aside, is_aside
 from .attention import Attention, attention_of, pattern_of, unverified_pattern, with_pattern
 from .identifying import results
@@ -301,17 +300,29 @@ class Visiting:
         self.clocked: list[Stop] = []  # of what is called for a step
         self._attached: set[nn.Module] = set()
         self._attends = False
-        self._times: Counter[nn.Module] | None = None  # module -> in how many blocks it is
+        self._modules: dict[str, nn.Module] = {"": root}  # those that were looked up
 
     def stop(self, name: str) -> Stop:
         """What happens at a module, by its dotted name."""
-        return self.stop_of(self.root.get_submodule(name))
+        return self.stop_of(self._module(name))
+
+    def _module(self, name: str) -> nn.Module:
+        found = self._modules.get(name)
+        if found is None:
+            parent, _, last = name.rpartition(".")
+            found = self._module(parent)._modules[last]
+            assert found is not None
+            self._modules[name] = found
+            if self.thread is not None and compiled(found):  # what it keeps is kept in Python
+                raise is_compiled(self.root)
+        return found
 
     def stop_of(self, module: nn.Module) -> Stop:
         """The same, of the module itself."""
-        if module not in self.stops:
-            self.stops[module] = Stop(self, hidden_index(module))
-        return self.stops[module]
+        found = self.stops.get(module)
+        if found is None:
+            found = self.stops[module] = Stop(self, hidden_index(module))
+        return found
 
     def block(self, layer: int) -> Stop:
         """What happens at a block, whose runs are known."""
@@ -324,7 +335,7 @@ class Visiting:
         """Have a visitor see what passes a place, after those that were added before."""
         site, stop = visitor.site, self.stop(place.module)
         block = None
-        if site.layer is not None and self._shared(place.module):
+        if site.layer is not None and self.anatomy is not None and place.module in self.anatomy.shared:
             block = self.block(site.layer)
         guests = {BEFORE: stop.before, AFTER: stop.after, ATTENTION: stop.attention}[place.side]
         guests.append(Guest(visitor, block))
@@ -335,14 +346,6 @@ class Visiting:
             if site.component == "result":
                 attention = self.stop(str(self.anatomy.blocks[site.layer].attention))
                 attention.gives += [] if block in attention.gives else [block]
-
-    def _shared(self, name: str) -> bool:
-        """Whether a module is in more than one block, in each of which it is another site."""
-        if self._times is None:
-            assert self.anatomy is not None
-            blocks = [self.root.get_submodule(block.name) for block in self.anatomy.blocks]
-            self._times = Counter(part for block in blocks for part in block.modules())
-        return self._times[self.root.get_submodule(name)] > 1
 
     def here(self) -> bool:
         """Whether a call that begins now is visited."""

@@ -274,9 +274,10 @@ def change_beneath(module: nn.Module, change: Callable[[type], type]) -> None:
     """
     cls = type(module)
     if isinstance(module, Observed) and cls is subclass_of(original_class(cls)):
-        module.__class__ = observed_class(change(original_class(cls)))
+        made = observed_class(change(original_class(cls)))
     else:
-        module.__class__ = change(cls)
+        made = change(cls)
+    object.__setattr__(module, "__class__", made)  # past the module's own, which looks for parameters
 
 
 @contextmanager

@@ -155,8 +155,11 @@ class Keeping:
                 f"at most {self.bound} bytes of activations",
                 "Select fewer layers, run a shorter input, or pass a larger max_bytes",
             )
-        # Out of inference mode, so that what is kept can be trained on later.
-        with torch.inference_mode(False), torch.no_grad():
+        hidden = hidden.detach()
+        if torch.is_inference_mode_enabled():  # out of it, so that what is kept can be trained on later
+            with torch.inference_mode(False), torch.no_grad():
+                kept = torch.empty(hidden.shape, dtype=hidden.dtype, device="cpu").copy_(hidden)
+        else:
             kept = torch.empty(hidden.shape, dtype=hidden.dtype, device="cpu").copy_(hidden)
         self.acts[name].append(kept)
         self.held += needed
