@@ -110,7 +110,7 @@ def unverified_pattern(call: Attention) -> Tensor | str:
         mask = call.mask[..., :length]
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
     elif call.implementation == "sdpa" and call.causal and queries > 1:  # as torch does it: from the upper left
-        scores = scores.masked_fill(_later(queries, length, scores.device), -torch.inf)
+        scores = scores + _causal(queries, length, scores.device)
     if call.sinks is not None:
         sinks = call.sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sinks], dim=-1)
@@ -129,9 +129,9 @@ def _each_head(tensor: Tensor, group: int) -> Tensor:
     return tensor.float() if group == 1 else tensor.float().repeat_interleave(group, dim=1)
 
 
-def _later(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Which keys are later than a query."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).triu(1)
+def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
+    """What keys that are later than a query are added."""
+    return torch.full((queries, keys), -torch.inf, device=device).triu(1)
 
 
 def with_pattern(call: Attention, old: Tensor, new: Tensor) -> Tensor:

@@ -54,10 +54,8 @@ def check_equal(identity: str, a: Tensor, b: Tensor) -> Check:
     eps = max(torch.finfo(tensor.dtype).eps for tensor in (a, b))
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     a, b = a.detach().to(dtype), b.detach().reshape(a.shape).to(a.device, dtype)
-    if not a.numel():
-        return Check(identity, float("nan"), max(1e-5, 8 * eps))  # on nothing, nothing can be verified
-    error = (a - b).abs().amax() / a.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-    return Check(identity, float(error), max(1e-5, 8 * eps))
+    error = _largest(a - b) / max(_largest(a), torch.finfo(torch.float32).tiny)
+    return Check(identity, error, max(1e-5, 8 * eps))
 
 
 def _largest(tensor: Tensor) -> float:

@@ -160,10 +160,11 @@ def run(
     elif needs_anatomy(asked) or any(needs_anatomy(edit.asked(root)) for edit in edits):
         anatomy = anatomy_of(model, args, kwargs)
     sites = expanded(asked, anatomy)
-    keeping = Keeping(Activations({str(site): [] for site in sites}, meta={"model": type(root).__name__}), max_bytes)
+    names = [str(site) for site in sites]
+    keeping = Keeping(Activations({name: [] for name in names}, meta={"model": type(root).__name__}), max_bytes)
     visiting = Visiting(root, anatomy, own_thread=True)
-    for site in sites:
-        visiting.add(_Keeper(site, keeping), place_of(site, anatomy))
+    for site, name in zip(sites, names, strict=True):
+        visiting.add(_Keeper(site, name, keeping), place_of(site, anatomy))
         if site.layer is not None:
             visiting.block(site.layer).runs = 0
     seen = None if grad_of is None else Gradients(sites, anatomy, visiting)
@@ -173,7 +174,7 @@ def run(
             leaving.enter_context(at_work)
         visiting.attach(leaving)
         output = called(*args, **kwargs)
-    _check(visiting, sites, keeping.acts)
+    _check(visiting, dict(zip(names, sites, strict=True)), keeping.acts)
     grad = None if seen is None or grad_of is None else seen.of(grad_of, output, max_bytes - keeping.held)
     return Run(output, keeping.acts, anatomy, at_work, grad)
 
@@ -184,15 +185,15 @@ def run(
 class _Keeper:
     """Keeps what passes one site."""
 
-    def __init__(self, site: Site, keeping: Keeping) -> None:
-        self.site, self.keeping, self.name = site, keeping, str(site)
+    def __init__(self, site: Site, name: str, keeping: Keeping) -> None:
+        self.site, self.name, self.keeping = site, name, keeping
 
     def visit(self, whole: Tensor) -> None:
         """Keep a copy of the site's part."""
         self.keeping.keep(self.name, part_of(self.site, whole))
 
 
-def _check(visiting: Visiting, sites: list[Site], acts: Activations) -> None:
+def _check(visiting: Visiting, sites: dict[str, Site], acts: Activations) -> None:
     """Check that all was kept that was asked for.
 
     Raises:
@@ -210,19 +211,19 @@ def _check(visiting: Visiting, sites: list[Site], acts: Activations) -> None:
         )
 
 
-def _check_counts(visiting: Visiting, sites: list[Site], acts: Activations) -> None:
+def _check_counts(visiting: Visiting, sites: dict[str, Site], acts: Activations) -> None:
     """Each site of a block has to fire once each time that the block runs.
 
     Raises:
         NoesisError: (a RuntimeError) when one did not, as where a model takes another way than in its anatomy.
     """
-    for site in sites:
+    for name, site in sites.items():
         if site.layer is None:
             continue
-        fired, runs = len(acts[str(site)]), visiting.block(site.layer).runs
+        fired, runs = len(acts[name]), visiting.block(site.layer).runs
         if fired != runs:
             raise WrongState(
-                f"{site} fired {fired} times in {runs} runs of its block",
+                f"{name} fired {fired} times in {runs} runs of its block",
                 "a model that takes the way it took in its anatomy",
                 "Leave out anatomy=, so that it is found on these inputs",
             )

@@ -132,8 +132,8 @@ class Guest(NamedTuple):
 class Stop:
     """What one visiting does at one module."""
 
-    def __init__(self, visiting: Visiting, index: int | None) -> None:
-        self.visiting, self.index = visiting, index  # index: of the hidden state in what the module returns
+    def __init__(self, visiting: Visiting, module: nn.Module) -> None:
+        self.visiting, self.module = visiting, module
         self.before: list[Guest] = []
         self.after: list[Guest] = []
         self.attention: list[Guest] = []
@@ -181,7 +181,8 @@ class Stop:
 
     def _seen(self, visitor: Visitor, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         component = visitor.site.component
-        old = logits_of(output) if component == "logits" else hidden_state(output, self.index)
+        index = hidden_index(self.module) if isinstance(output, (tuple, list)) else None
+        old = logits_of(output) if component == "logits" else hidden_state(output, index)
         if old is None:
             return output
         if component == "result":
@@ -321,7 +322,7 @@ class Visiting:
         """The same, of the module itself."""
         found = self.stops.get(module)
         if found is None:
-            found = self.stops[module] = Stop(self, hidden_index(module))
+            found = self.stops[module] = Stop(self, module)
         return found
 
     def block(self, layer: int) -> Stop:
