@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import noesis
+from noesis import interp
 from noesis.files import heading
 from noesis.files.versions import VERSIONS, check_header
 from noesis.results import Flip, WeightChange
@@ -119,6 +120,18 @@ def a_diff() -> noesis.ModelDiff:
     return found
 
 
+def some_edits() -> interp.Edits:
+    numbers = torch.arange(4.0).reshape(1, 2, 2) / 3
+    return interp.Edits(
+        [
+            interp.Zero("z.1.2@-1", steps="decode", rows=[0, 2], name="first", when=interp.When("norm", ">", 3.0)),
+            interp.Add("resid_post.1", torch.tensor([1.0, 0.1]), 2.0, after="first"),
+            interp.Freeze("z.1", {"z.1": [numbers, numbers.double()]}, positions=[0]),
+            interp.Resample("z.*", numbers, seed=3),
+        ]
+    )
+
+
 def inputs() -> torch.Tensor:
     return torch.sin(torch.arange(900.0)).reshape(300, 3)
 
@@ -149,6 +162,7 @@ def write_all() -> None:
         a_monitor().save(FILES / f"drift_monitor.{suffix}")
         a_fidelity().save(FILES / f"fidelity.{suffix}")
         a_weighing().save(FILES / f"parameter_norms.{suffix}")
+        some_edits().save(FILES / f"edits.{suffix}")
     noesis.compare(trace.soulprint(3), trace.soulprint(5)).save(FILES / "comparison.json")
     Snapshot.of(trace).save(FILES / "snapshot.json")
     some_activations().save(FILES / "activations.safetensors")
@@ -254,3 +268,8 @@ def test_parameter_norms(suffix: str) -> None:
 
 def test_model_diffs() -> None:
     equal(a_diff(), noesis.ModelDiff.load(FILES / "model_diff.json"))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "json"])
+def test_edits(suffix: str) -> None:
+    assert interp.Edits.load(FILES / f"edits.{suffix}") == some_edits()

@@ -15,6 +15,7 @@ VERSIONS = {
     "codebooks": 1,
     "comparison": 1,
     "drift_monitor": 1,
+    "edits": 1,
     "fidelity": 1,
     "model_diff": 1,
     "parameter_norms": 1,

@@ -2,6 +2,7 @@
 
 from .anatomy import Anatomy, anatomy
 from .checks import Check
+from .edit_files import Edits
 from .editing import Editing, editing
 from .edits import Add, Custom, Edit, Noise, Project, Scale, When, Zero
 from .identifying import Block
@@ -17,6 +18,7 @@ __all__ = [
     "Custom",
     "Edit",
     "Editing",
+    "Edits",
     "Freeze",
     "Mean",
     "Noise",
