@@ -24,6 +24,7 @@ from noesis.surprise import LayerSurprise
 from noesis.testing.snapshot import Snapshot
 
 FILES = Path(__file__).parent / "v1"
+A_QUALITY = interp.CoderQuality("resid_post.1", 100, 3.5, 0.75, 0.125, 1.0, 1.25, 5.0, 2.0)
 STATS = ("count", "mean", "std", "abs_mean", "min", "max", "nonfinite", "zeros", "rms")
 
 
@@ -168,6 +169,7 @@ def write_all() -> None:
     some_activations().save(FILES / "activations.safetensors")
     some_deltas().save(FILES / "token_deltas.json")
     a_diff().save(FILES / "model_diff.json")
+    A_QUALITY.save(FILES / "coder_quality.json")
     wrapped = watched()
     wrapped.calibrate([inputs()], progress=False)
     wrapped.save_calibration(FILES / "calibration.safetensors")
@@ -264,6 +266,10 @@ def test_fidelity(suffix: str) -> None:
 @pytest.mark.parametrize("suffix", ["safetensors", "json"])
 def test_parameter_norms(suffix: str) -> None:
     equal(a_weighing(), noesis.ParameterNorms.load(FILES / f"parameter_norms.{suffix}"))
+
+
+def test_qualities_of_sparse_autoencoders() -> None:
+    assert interp.CoderQuality.load(FILES / "coder_quality.json") == A_QUALITY
 
 
 def test_model_diffs() -> None:

@@ -13,6 +13,7 @@ VERSIONS = {
     "activations": 1,
     "calibration": 1,
     "codebooks": 1,
+    "coder_quality": 1,
     "comparison": 1,
     "drift_monitor": 1,
     "edits": 1,

@@ -2,6 +2,7 @@
 
 from .anatomy import Anatomy, anatomy
 from .checks import Check
+from .coders import SparseCoder
 from .edit_files import Edits
 from .editing import Editing, editing
 from .edits import Add, Custom, Edit, Noise, Project, Scale, When, Zero
@@ -9,12 +10,14 @@ from .identifying import Block
 from .replacements import Freeze, Mean, Patch, Resample
 from .running import Run, run
 from .sites import Site
+from .splicing import CoderQuality, Splice, coder_quality
 
 __all__ = [
     "Add",
     "Anatomy",
     "Block",
     "Check",
+    "CoderQuality",
     "Custom",
     "Edit",
     "Editing",
@@ -28,9 +31,12 @@ __all__ = [
     "Run",
     "Scale",
     "Site",
+    "SparseCoder",
+    "Splice",
     "When",
     "Zero",
     "anatomy",
+    "coder_quality",
     "editing",
     "run",
 ]
