@@ -14,6 +14,7 @@ from helpers.language_models import build, prompts
 from noesis import interp
 from noesis.interp.anatomy import logits_of
 from noesis.interp.replaying import Replay
+from zoo.of_transformers import ZOO
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -102,3 +103,29 @@ def test_what_cannot_be_taken_up_says_why() -> None:
         replay.from_block(0, replay.residuals[0][:1].repeat(3, 1, 1))
     with pytest.raises(noesis.NoesisError, match="layer 7"):
         replay.from_block(7, replay.residuals[0])
+
+
+def test_what_a_model_takes_from_between_other_blocks_is_there() -> None:
+    """A Llava reads a hidden state from within its tower for images, whose blocks are of another stream."""
+    torch.manual_seed(0)
+    entry = next(entry for entry in ZOO if entry.name == "llava")
+    model, given = entry.build().eval(), entry.inputs()
+    replay = Replay(model, given)
+    with torch.no_grad():
+        bare = model(**given).logits
+        for layer in replay.residuals:
+            assert torch.equal(replay.from_block(layer, replay.residuals[layer]).logits, bare)
+        assert list(replay.stream()) == [2, 3, 4]
+        assert torch.equal(replay.from_block(4, replay.stream()[4]).logits, bare)
+
+
+def test_a_model_that_is_observed_and_paused_is_visited() -> None:
+    """Layers that are off are passed by, but not while somebody stops at them."""
+    wrapped = noesis.wrap(build("llama"))
+    with wrapped.paused():
+        replay = Replay(wrapped, prompts())
+        with torch.no_grad():
+            changed = replay.from_block(1, 2 * replay.residuals[1]).logits
+    assert not torch.equal(changed, replay.output.logits)
+    wrapped(prompts())
+    assert wrapped.trace().steps.tolist() == [0]

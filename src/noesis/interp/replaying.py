@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import BadValue, WrongState
 from ..layers import hidden_index, hidden_state, parameters_of, unmeasurable
 from .anatomy import Anatomy, anatomy_of, called_and_root
+from .checks import same
 from .places import BEFORE, Place, check_anatomy, with_hidden_state
 from .recording import arguments, spare
 from .sites import Site
@@ -23,8 +24,9 @@ class Replay:
     """One run of a model, which can be taken up again at any of its blocks, with what that block is given changed.
 
     The model runs once, without gradients. Blocks before the one at which it is taken up return what they returned
-    then, whatever they are; all else, such as masks and rotary embeddings, the model makes anew. So what comes out is
-    bit for bit what a whole forward gives that is changed at that place.
+    then, whatever they are; all else, such as masks, rotary embeddings and what blocks of another stream return, as an
+    encoder's, the model makes anew. So what comes out is bit for bit what a whole forward gives that is changed at that
+    place.
 
     Examples:
         >>> import torch
@@ -68,6 +70,7 @@ class Replay:
         self.residuals: dict[int, Tensor] = {}
         self._returned: dict[int, Any] = {}
         self._order: list[int] = []  # of blocks, as they ran
+        self._stream: list[int] = []  # of blocks that hand on the stream to the last one
         self.output = self._first()
         self.rows = next(iter(self.residuals.values())).shape[0]
 
@@ -108,7 +111,27 @@ class Replay:
             output = self._run(visiting, *spare(self._args, self._kwargs))
         if not self._order:
             raise WrongState("none of its blocks ran", "a model whose blocks run", "Give inputs that reach them")
+        for before, layer in zip([None, *self._order], self._order, strict=False):
+            if before is not None and not same(self._hidden(before), self.residuals.get(layer)):
+                self._stream.clear()  # another one begins
+            self._stream.append(layer)
         return output
+
+    def stream(self) -> dict[int, Tensor]:
+        """The residual stream that the model's end reads: layer -> what its block was given.
+
+        Under the number of blocks stands what the last one returned. Blocks of other streams, such as those of an
+        encoder, are left out.
+        """
+        found = {layer: self.residuals[layer] for layer in self._stream if layer in self.residuals}
+        return {**found, len(self.anatomy.blocks): self._hidden(self._stream[-1])}
+
+    def _hidden(self, layer: int) -> Tensor:
+        """The hidden state that a block returned."""
+        index = hidden_index(self._root.get_submodule(self.anatomy.blocks[layer].name))
+        hidden = hidden_state(self._returned[layer], index)
+        assert hidden is not None
+        return hidden
 
     def _run(self, visiting: Visiting, args: Any, kwargs: Any) -> Any:
         with ExitStack() as leaving:
@@ -142,7 +165,9 @@ class Replay:
         if rest or not times:
             raise BadValue(f"resid of {resid.shape[0]} rows", f"a multiple of the run's {self.rows}", "Repeat it")
         visiting = Visiting(self._root, self.anatomy, own_thread=True)
-        skipped = self._order if layer == count else self._order[: self._order.index(layer)]
+        # Blocks of other streams run again: a model may read what passes between them, as Llava does.
+        before = self._order if layer == count else self._order[: self._order.index(layer)]
+        skipped = [each for each in before if each in self._stream]
         for each in skipped:
             name = self.anatomy.blocks[each].name
             visiting.stop(name).instead = functools.partial(self._again, each, times, resid if layer == count else None)
@@ -157,9 +182,7 @@ class Replay:
     def _again(self, layer: int, times: int, resid: Tensor | None) -> Any:
         """What a block returned, or the same with another stream where it was the last of all."""
         returned = self._returned[layer]
-        name = self.anatomy.blocks[layer].name
-        kept = hidden_state(returned, hidden_index(self._root.get_submodule(name)))
-        assert kept is not None
+        kept = self._hidden(layer)
         if resid is not None and layer == self._order[-1]:
             return with_hidden_state(returned, kept, resid.clone())
         # A copy: the model may go on in place.

@@ -251,8 +251,13 @@ def become_observed(module: nn.Module, site: Site) -> None:
             "Leave it out with a predicate, layers=lambda name, module: ...",
         ) from None
     module.__dict__["_noesis"] = site
-    if not site.root and site.recorder.switch.add(original_class(type(module))):
-        site.switch = site.recorder.switch
+    _settle(module, site)
+
+
+def _settle(module: nn.Module, site: Site) -> None:
+    """Have a layer ask the switch whether it may be passed by, if calls of its class are those of any module."""
+    passed_by = not site.root and site.recorder.switch.add(original_class(type(module)))
+    site.switch = site.recorder.switch if passed_by else NEVER
 
 
 def restore(module: nn.Module) -> bool:
@@ -278,6 +283,9 @@ def change_beneath(module: nn.Module, change: Callable[[type], type]) -> None:
     else:
         made = change(cls)
     object.__setattr__(module, "__class__", made)  # past the module's own, which looks for parameters
+    site = module.__dict__.get("_noesis")
+    if site is not None:
+        _settle(module, site)
 
 
 @contextmanager
