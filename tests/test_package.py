@@ -162,7 +162,7 @@ HOUSE: dict[str, set[str]] = {
     "integrations": {"wrapping", "surprise", "results", "layers", "files"},
     "testing": {"results", "files", "numerics"},
     "diffing": {"wrapping", "results", "layers", "numerics"},
-    "interp": {"wrapping", "observing", "results", "layers", "files", "numerics", "internals"},
+    "interp": {"wrapping", "observing", "results", "plots", "layers", "files", "internals", "numerics"},
     "cli": {"diffing", "wrapping", "observing", "results", "plots", "layers", "files"},
     "": {"diffing", "wrapping", "observing", "surprise", "results"},
 }

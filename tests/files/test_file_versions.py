@@ -133,6 +133,32 @@ def some_edits() -> interp.Edits:
     )
 
 
+def some_contributions() -> interp.Contributions:
+    values = np.array([[1.0, -0.5], [0.25, np.nan]])
+    check = interp.Check("parts add up", error=1e-8, bound=1e-6)
+    ends = {"target": [[3, 4], [5]], "positions": [6, 5], "by": "layer", "controls": 100, "whole": {"mlp.0": "why"}}
+    return interp.Contributions(
+        ["embed", "mlp.0"], values, values / 2, values / 4, values.sum(0), values[0], check, **ends, meta={"run": "one"}
+    )
+
+
+def a_lens() -> interp.Lens:
+    shape = (2, 1, 3)
+    numbers = [np.arange(np.prod(size) * 1.0).reshape(size) for size in ((*shape, 2), shape, shape, shape, (*shape, 1))]
+    numbers[3][0, 0, 2] = np.nan
+    top = np.arange(12).reshape(*shape, 2)
+    by_layer = np.array([1.5, 0.0])
+    return interp.Lens(
+        ["resid_pre.0", "output"], [0, 1, 2], top, *numbers, numbers[4] / 8, by_layer, by_layer / 2, tokens=[7], meta={}
+    )
+
+
+def a_tuned_lens() -> interp.TunedLens:
+    kls = np.array([0.5, 0.25]), np.array([1.0, 0.75]), np.array([0.375, 0.125])
+    weight = np.arange(8.0).reshape(2, 2, 2)
+    return interp.TunedLens(["resid_pre.0", "resid_pre.1"], weight, weight[0], *kls, 9, 1, meta={"steps": 2})
+
+
 def inputs() -> torch.Tensor:
     return torch.sin(torch.arange(900.0)).reshape(300, 3)
 
@@ -164,6 +190,9 @@ def write_all() -> None:
         a_fidelity().save(FILES / f"fidelity.{suffix}")
         a_weighing().save(FILES / f"parameter_norms.{suffix}")
         some_edits().save(FILES / f"edits.{suffix}")
+        some_contributions().save(FILES / f"contributions.{suffix}")
+        a_lens().save(FILES / f"lens.{suffix}")
+        a_tuned_lens().save(FILES / f"tuned_lens.{suffix}")
     noesis.compare(trace.soulprint(3), trace.soulprint(5)).save(FILES / "comparison.json")
     Snapshot.of(trace).save(FILES / "snapshot.json")
     some_activations().save(FILES / "activations.safetensors")
@@ -279,3 +308,10 @@ def test_model_diffs() -> None:
 @pytest.mark.parametrize("suffix", ["safetensors", "json"])
 def test_edits(suffix: str) -> None:
     assert interp.Edits.load(FILES / f"edits.{suffix}") == some_edits()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "json"])
+def test_contributions_and_lenses(suffix: str) -> None:
+    equal(some_contributions(), interp.Contributions.load(FILES / f"contributions.{suffix}"))
+    equal(a_lens(), interp.Lens.load(FILES / f"lens.{suffix}"))
+    equal(a_tuned_lens(), interp.TunedLens.load(FILES / f"tuned_lens.{suffix}"))

@@ -15,9 +15,11 @@ VERSIONS = {
     "codebooks": 1,
     "coder_quality": 1,
     "comparison": 1,
+    "contributions": 1,
     "drift_monitor": 1,
     "edits": 1,
     "fidelity": 1,
+    "lens": 1,
     "model_diff": 1,
     "parameter_norms": 1,
     "routes": 1,
@@ -27,6 +29,7 @@ VERSIONS = {
     "surprise": 1,
     "token_deltas": 1,
     "trace": 1,
+    "tuned_lens": 1,
 }
 
 

@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,12 +122,7 @@ def anatomy_of(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], call: 
     called = called if call is None else call
     if any(map(compiled, root.modules())):
         raise is_compiled(root)
-    if root.training:
-        raise WrongState(
-            f"{type(root).__name__} is in training mode, in which dropout draws and norms learn",
-            "a model that computes the same each time",
-            "Call model.eval() first",
-        )
+    check_eval(root)
     named = dict(select(root, "blocks"))
     blocks: dict[str, Block] = {}
     last: list[BlockRun] = []
@@ -140,8 +135,8 @@ def anatomy_of(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], call: 
     embedding = _embedding(root)
     args, inputs = spare(args, inputs)
     devices = {tensor.device for tensor in root.parameters() if tensor.is_cuda}
-    paused = model.paused() if isinstance(model, Wrapped) else nullcontext()  # it is no step of the user's
-    with aside(), paused, torch.random.fork_rng(devices=devices):  # whose own run draws what it would have drawn
+    # The user's own run draws what it would have drawn.
+    with aside(), no_step(model), torch.random.fork_rng(devices=devices):
         recorded = record(
             functools.partial(called, *args, **inputs),
             root,
@@ -195,6 +190,25 @@ def _shared(root: nn.Module, blocks: list[Block]) -> frozenset[str]:
     if max(times.values()) == 1:
         return frozenset()
     return frozenset(name for name, module in root.named_modules(remove_duplicate=False) if times[module] > 1)
+
+
+def no_step(model: Any) -> AbstractContextManager[Any]:
+    """What runs inside is no step of the user's."""
+    return model.paused() if isinstance(model, Wrapped) else nullcontext()
+
+
+def check_eval(root: nn.Module) -> None:
+    """Check that a model computes the same each time.
+
+    Raises:
+        NoesisError: (a RuntimeError) in training mode.
+    """
+    if root.training:
+        raise WrongState(
+            f"{type(root).__name__} is in training mode, in which dropout draws and norms learn",
+            "a model that computes the same each time",
+            "Call model.eval() first",
+        )
 
 
 def _idle(name: str) -> Block:

@@ -12,10 +12,11 @@ from .model_diff import ModelDiff
 from .named_scalars import STATS, scalars, under
 from .parameter_norms import ParameterNorms
 from .routes import Routes
-from .saved import Saved
+from .saved import Saved, list_of
 from .soulprint import Soulprint
 from .statistics import ALWAYS, COUNTS, OPTIONAL, asked_for, fields_for, fields_of, stats_of
 from .surprise import Judgement, LayerSurprise, Reason, Surprise
+from .tabular import Cells, Tabular
 from .token_comparison import token_deltas
 from .tokens import TokenDeltas
 from .trace import Trace
@@ -27,6 +28,7 @@ __all__ = [
     "OPTIONAL",
     "STATS",
     "Activations",
+    "Cells",
     "Comparison",
     "Divergence",
     "Fidelity",
@@ -41,6 +43,7 @@ __all__ = [
     "Saved",
     "Soulprint",
     "Surprise",
+    "Tabular",
     "TokenDeltas",
     "Trace",
     "WeightChange",
@@ -55,6 +58,7 @@ __all__ = [
     "fields_of",
     "from_known",
     "from_rows",
+    "list_of",
     "load_run",
     "load_runs",
     "merged_known",
