@@ -159,6 +159,14 @@ def a_tuned_lens() -> interp.TunedLens:
     return interp.TunedLens(["resid_pre.0", "resid_pre.1"], weight, weight[0], *kls, 9, 1, meta={"steps": 2})
 
 
+def some_effects() -> interp.Effects:
+    patched = np.array([[1.0, 2.0], [np.nan, 0.5], [-1.0, np.inf]])
+    sites = [interp.Site("z", 1, 0), interp.Site("resid_post", 0, None, -1), interp.Site("module", module="a.b")]
+    return interp.Effects(
+        sites, np.array([1.0, 2.0]), np.array([0.0, -1.0]), patched, "denoise", "logit difference", meta={"run": "one"}
+    )
+
+
 def inputs() -> torch.Tensor:
     return torch.sin(torch.arange(900.0)).reshape(300, 3)
 
@@ -193,6 +201,7 @@ def write_all() -> None:
         some_contributions().save(FILES / f"contributions.{suffix}")
         a_lens().save(FILES / f"lens.{suffix}")
         a_tuned_lens().save(FILES / f"tuned_lens.{suffix}")
+        some_effects().save(FILES / f"effects.{suffix}")
     noesis.compare(trace.soulprint(3), trace.soulprint(5)).save(FILES / "comparison.json")
     Snapshot.of(trace).save(FILES / "snapshot.json")
     some_activations().save(FILES / "activations.safetensors")
@@ -315,3 +324,10 @@ def test_contributions_and_lenses(suffix: str) -> None:
     equal(some_contributions(), interp.Contributions.load(FILES / f"contributions.{suffix}"))
     equal(a_lens(), interp.Lens.load(FILES / f"lens.{suffix}"))
     equal(a_tuned_lens(), interp.TunedLens.load(FILES / f"tuned_lens.{suffix}"))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "json"])
+def test_effects(suffix: str) -> None:
+    found, expected = interp.Effects.load(FILES / f"effects.{suffix}"), some_effects()
+    assert found.meta == expected.meta
+    equal(expected, found)

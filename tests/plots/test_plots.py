@@ -362,6 +362,18 @@ def test_one_far_outlier_is_no_reason_for_powers_of_ten() -> None:
     assert (scale.norm.vmax, scale.extend) == (pytest.approx(2, rel=0.02), "max")
 
 
+def test_a_scale_by_the_numbers_themselves() -> None:
+    """A small number is pale, and the one large one is no outlier."""
+    table = np.zeros((4, 8))
+    table[2, 5], table[1, 3], table[0, 0] = 1.0, 0.01, np.nan
+    figure = plots.heat_map(table, "abcd", range(8), title="t", scale="linear")
+    norm = figure.axes[0].images[0].norm
+    assert type(norm) is Normalize
+    assert (norm.vmin, norm.vmax) == (-1, 1)
+    assert key_of(figure) == {"no value": style.MISSING}
+    assert scales.linear_scale(np.zeros(0)).norm.vmax == 1
+
+
 def test_a_scale_for_each_row() -> None:
     table = np.array([[1.0, 2.0, 3.0], [1e6, 3e6, 2e6], [1e-6, 1.0, 1e6], [5.0, 5.0, 5.0], [np.nan] * 3])
     figure = plots.heat_map(table, "abcde", range(3), title="t", scale="row", colour_bar="std")
@@ -372,7 +384,7 @@ def test_a_scale_for_each_row() -> None:
     ranges = [label.get_text() for label in beside.get_yticklabels()]
     assert ranges == ["1 … 3", "1e+06 … 3e+06", "1e-06 … 1e+06 (log)", "5", ""]
     assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["lowest", "highest"]
-    with pytest.raises(BadValue, match='scale=\'layer\'. Expected "all" or "row"'):
+    with pytest.raises(BadValue, match='scale=\'layer\'. Expected "all", "row" or "linear"'):
         plots.heat_map(table, "abcde", range(3), title="t", scale="layer")  # type: ignore[arg-type]
 
 

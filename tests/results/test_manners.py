@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import noesis
+from noesis import interp
 from noesis.errors import BadFile, Inaccessible, MissingExtra
 from noesis.kernels.routing import FIELDS
 from noesis.results import Flip, WeightChange
@@ -122,7 +123,15 @@ def differing(names: list[str]) -> noesis.ModelDiff:
     return found
 
 
-RESULTS = [differing, faithful, weighed, traced, printed, compared, judged, surprised, routed, apart, captured]
+def patched(names: list[str]) -> interp.Effects:
+    rng = np.random.default_rng(5)
+    values = rng.normal(size=(len(names), 3))
+    values[1, 0] = np.nan
+    sites = [interp.Site("module", position=at or None, module=name) for at, name in enumerate(names)]
+    return interp.Effects(sites, np.array([1.0, 2.0, 3.0]), np.array([0.0, 0.5, 3.0]), values, "noise", "=metric")
+
+
+RESULTS = [patched, differing, faithful, weighed, traced, printed, compared, judged, surprised, routed, apart, captured]
 
 
 # Files and JSON.

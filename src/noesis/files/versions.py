@@ -18,6 +18,7 @@ VERSIONS = {
     "contributions": 1,
     "drift_monitor": 1,
     "edits": 1,
+    "effects": 1,
     "fidelity": 1,
     "lens": 1,
     "model_diff": 1,

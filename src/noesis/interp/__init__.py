@@ -8,9 +8,12 @@ from .contributions import Contribution, Contributions
 from .edit_files import Edits
 from .editing import Editing, editing
 from .edits import Add, Custom, Edit, Noise, Project, Scale, When, Zero
+from .effects import Effect, Effects
 from .identifying import Block
 from .lens import Lens, Prediction
 from .lenses import logit_lens
+from .metrics import Metric, answer_probability, kl, logit_difference
+from .patching import patch
 from .replacements import Freeze, Mean, Patch, Resample
 from .running import Run, run
 from .sites import Site
@@ -29,9 +32,12 @@ __all__ = [
     "Edit",
     "Editing",
     "Edits",
+    "Effect",
+    "Effects",
     "Freeze",
     "Lens",
     "Mean",
+    "Metric",
     "Noise",
     "Patch",
     "Prediction",
@@ -46,9 +52,13 @@ __all__ = [
     "When",
     "Zero",
     "anatomy",
+    "answer_probability",
     "coder_quality",
     "contributions",
     "editing",
+    "kl",
+    "logit_difference",
     "logit_lens",
+    "patch",
     "run",
 ]

@@ -5,6 +5,7 @@ from .arrays import Floats, Ints, as_floats, no_nan
 from .clustering import k_means, spread_start
 from .cosine import cosine_delta
 from .sampling import Reservoir
+from .sign_flips import pairs_needed, sign_flip_test
 from .significance import benjamini_hochberg, layer_tests, paired_tests
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "layer_tests",
     "no_nan",
     "paired_tests",
+    "pairs_needed",
+    "sign_flip_test",
     "spread_start",
     "with_substitutions",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,7 +12,7 @@ from .. import files
 from ..errors import BadValue
 from ..numerics import Floats
 from .names import shortened, shortened_names
-from .scales import scale_of, scaled_rows
+from .scales import Scale, linear_scale, scale_of, scaled_rows
 from .style import (
     ABOVE,
     BELOW,
@@ -50,7 +50,7 @@ def heat_map(
     row_axis: str = "row",
     column_axis: str = "column",
     colour_bar: str | None = None,
-    scale: Literal["all", "row"] = "all",
+    scale: Literal["all", "row", "linear"] = "all",
     nonfinite: ArrayLike | None = None,
     path: files.PathLike | None = None,
 ) -> Figure:
@@ -68,7 +68,8 @@ def heat_map(
         row_axis: what rows are, such as "layer".
         column_axis: what columns are.
         colour_bar: what the numbers are, with their unit; the title by default.
-        scale: `"all"` for one scale, or `"row"` for one per row, whose range is written beside it.
+        scale: `"all"` for one scale, `"row"` for one per row, whose range is written beside it, or `"linear"` for one
+            that is even around zero, with no number beyond it, for numbers whose size means something by itself.
         nonfinite: bool [rows, columns], which cells to mark as not finite; infinities are, by default.
         path: where to write it too, as `.png`, `.svg` or `.pdf`.
 
@@ -197,7 +198,7 @@ def draw_heat_map(
     row_axis: str,
     column_axis: str,
     colour_bar: str,
-    scale: Literal["all", "row"] = "all",
+    scale: Literal["all", "row", "linear"] = "all",
     nonfinite: Mask | None = None,
     missing: str = "no value",
     note: str = "",
@@ -218,17 +219,17 @@ def draw_heat_map(
     if scale == "row":
         _draw_rows(axes, table, colour_bar)
     else:
-        key |= _draw_table(axes, table, colour_bar)
+        key |= _draw_table(axes, table, colour_bar, linear_scale if scale == "linear" else scale_of)
     _mark(axes, loud)
     set_title(axes, title, note, key)
 
 
-def _draw_table(axes: Axes, table: Floats, colour_bar: str) -> dict[str, str]:
+def _draw_table(axes: Axes, table: Floats, colour_bar: str, scaling: Callable[[Floats], Scale]) -> dict[str, str]:
     """One scale for all; what the colours beyond it mean."""
     from matplotlib.colors import Normalize, SymLogNorm
 
     known = table[np.isfinite(table)]
-    scale = scale_of(known)
+    scale = scaling(known)
     image = _image(axes, table, "BrBG_r" if scale.diverging else "viridis", scale.norm)
     bar = _colour_bar(axes, image, colour_bar, scale.extend)
     if type(scale.norm) is Normalize:  # powers of ten have good labels already
@@ -327,8 +328,8 @@ def _check_table(table: Floats, rows: int, columns: int) -> None:
 
 
 def _check_options(table: Floats, scale: str, nonfinite: Mask) -> None:
-    if scale not in ("all", "row"):
-        raise BadValue(f"scale={scale!r}", '"all" or "row"', 'Pass scale="row" for a scale per row')
+    if scale not in ("all", "row", "linear"):
+        raise BadValue(f"scale={scale!r}", '"all", "row" or "linear"', 'Pass scale="row" for a scale per row')
     if nonfinite.shape != table.shape:
         raise BadValue(
             f"nonfinite of shape {nonfinite.shape} for a table of shape {table.shape}",

@@ -60,6 +60,14 @@ def scale_of(finite: Floats) -> Scale:
     return Scale(norm, diverging, _beyond(finite, norm.vmin, norm.vmax))
 
 
+def linear_scale(finite: Floats) -> Scale:
+    """A scale by the numbers themselves, float64 [N], as far below zero as above, and with nothing beyond it."""
+    from matplotlib.colors import Normalize
+
+    most = float(np.abs(finite).max(initial=0.0)) or 1.0
+    return Scale(Normalize(-most, most), diverging=True, extend="neither")
+
+
 def scaled_rows(table: Floats) -> tuple[Floats, list[str]]:
     """Each row from 0 to 1 by a scale of its own, and in words from where to where that goes."""
     from matplotlib.colors import Normalize
