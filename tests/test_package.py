@@ -170,7 +170,7 @@ EVERYWHERE = {"_version", "errors", "text"}  # imports nothing itself
 #: Doors within packages; of the others the package itself is the door.
 DOORS = {
     *("kernels.coding", "kernels.moments", "kernels.pooling", "kernels.stepping", "kernels.routing"),
-    *("kernels.dispatch", "kernels.layout", "kernels.rows", "kernels.runtime", "files.v01"),
+    *("kernels.norms", "kernels.dispatch", "kernels.layout", "kernels.rows", "kernels.runtime", "files.v01"),
 }
 #: Files that another package imports, which they may take for granted.
 LOADED_BY = {"testing.pytest_plugin": "pytest"}

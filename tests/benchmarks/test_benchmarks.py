@@ -414,6 +414,15 @@ def test_the_recorders_memory_is_counted_whole(script):
     assert memory.recorder_bytes(wrapped.observed_model) < 1 << 20
 
 
+def test_weighing(script, tmp_path, monkeypatch):
+    path, weighing = tmp_path / "weighing.json", script("weighing")
+    monkeypatch.setattr(weighing, "CASES", ((8, 2, 4),))
+    weighing.main(["--rounds", "10", "--cases", "0", "--json", str(path)])
+    (case,) = json.loads(path.read_text())["cases"]
+    assert case["parameters"] == 2 * (8 * 8 + 8)
+    assert 0 < case["share_percent_every"] < case["share_percent"]
+
+
 def test_layers_that_are_off(script, tmp_path):
     path = tmp_path / "off.json"
     script("off").main(["--rounds", "2", "--seconds", "0.0001", "--json", str(path)])

@@ -57,7 +57,7 @@ class Callback:
     def weigh(self) -> None:
         """Measure the parameters, if the model was wrapped for it."""
         if self.wrapped._recorder.weights is not None:
-            self.wrapped.weigh()
+            self.wrapped.weigh(every=1)
 
     def pause(self) -> None:
         """Look away, until `resume`."""

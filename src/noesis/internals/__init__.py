@@ -27,7 +27,7 @@ from .cuda import current_device, raw_stream
 from .frames import inlined, passed_over, untraced
 from .libraries import capture_declarations, declared_streams, device_kinds, register_block, rendezvous
 from .modes import call_undisturbed, disturbed, undisturbed
-from .tensors import local_part, storageless, traced_by_fx, traced_by_jit
+from .tensors import local_part, norms_of, storageless, traced_by_fx, traced_by_jit
 
 __all__ = [
     "CALL",
@@ -52,6 +52,7 @@ __all__ = [
     "local_part",
     "node_count",
     "node_number",
+    "norms_of",
     "passed_over",
     "picklable_hook",
     "raw_stream",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -75,3 +75,19 @@ def local_part(x: Any) -> Tensor:
     whole: Any = x.detach()
     local: Tensor = whole.to_local()
     return local
+
+
+def _norms_fit(norms: Any) -> bool:
+    found = norms([torch.full((2,), 2.0**70, device="cpu")], 2.0, dtype=torch.float64)
+    return bool(found[0].dtype == torch.float64 and found[0] == 2.0**70.5)
+
+
+#: Norms of many tensors in few launches.
+_foreach_norm = look_up("torch:_foreach_norm", fits=_norms_fit, instead="norms take a launch per tensor")
+
+
+def norms_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Euclidean norms of tensors of one dtype and device, summed in another dtype."""
+    if _foreach_norm is None or not tensors:
+        return [torch.linalg.vector_norm(x, dtype=dtype) for x in tensors]
+    return list(_foreach_norm(list(tensors), 2.0, dtype=dtype))

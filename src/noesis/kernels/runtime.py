@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..internals import stays, undisturbed
 
+K = TypeVar("K")
 
-def by_value(state: dict[str, Any]) -> dict[str, Any]:
+
+def by_value(state: dict[K, Any]) -> dict[K, Any]:
     """The state of an object for a copy or a pickle, with its tensors by value; `from_value` takes it back.
 
     Between processes torch would hand the tensors over as shared memory: it moves them there, away from
@@ -18,7 +20,7 @@ def by_value(state: dict[str, Any]) -> dict[str, Any]:
     return {name: _Value(value) if isinstance(value, torch.Tensor) else value for name, value in state.items()}
 
 
-def from_value(state: dict[str, Any]) -> dict[str, Any]:
+def from_value(state: dict[K, Any]) -> dict[K, Any]:
     """What `by_value` made, with tensors again, which stay where they are."""
     return {name: value.tensor() if isinstance(value, _Value) else value for name, value in state.items()}
 

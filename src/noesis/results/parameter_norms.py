@@ -13,7 +13,6 @@ from ..numerics import Floats, Ints
 from ..text import counted, plain, table
 from .saved import Saved, list_of
 from .tabular import Cells, Tabular
-from .trace import Trace
 
 #: Parameters named in `repr`: the largest updates, since what changes too fast breaks first.
 SHOWN = 10
@@ -33,7 +32,7 @@ class ParameterNorms(Saved, Tabular):
         steps: int64 [steps], numbers of the weighings.
         norms: float64 [steps, parameters].
         gradient_norms: float64 [steps, parameters], of what `.grad` held.
-        update_norms: float64 [steps, parameters], of the difference to the weighing before.
+        update_norms: float64 [steps, parameters], of the difference to the call of `weigh` before.
         unmeasured: names of parameters, and why they have none.
         meta: of the run.
 
@@ -43,10 +42,10 @@ class ParameterNorms(Saved, Tabular):
         >>> _ = torch.nn.init.ones_(model[0].weight)
         >>> wrapped = noesis.wrap(model, parameters=True)
         >>> optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
-        >>> wrapped.weigh()
+        >>> wrapped.weigh(every=1)
         >>> wrapped(torch.ones(1, 4)).sum().backward()
         >>> optimiser.step()
-        >>> wrapped.weigh()
+        >>> wrapped.weigh(every=1)
         >>> found = wrapped.parameter_norms()
         >>> found.norms[:, 0].tolist(), found.gradient_norms[1, 0].item(), found.update_ratios[1, 0].item()
         ([2.0, 1.0], 2.0, 0.5)
@@ -54,7 +53,6 @@ class ParameterNorms(Saved, Tabular):
 
     kind: ClassVar[str] = "parameter_norms"
     ARRAYS: ClassVar[tuple[str, ...]] = ("norms", "gradient_norms", "update_norms", "steps")
-    NEEDED: ClassVar[tuple[str, ...]] = ("count", "mean", "std", "abs_mean", "min", "max", "nonfinite", "rms")
 
     parameters: list[str]
     steps: Ints
@@ -70,15 +68,9 @@ class ParameterNorms(Saved, Tabular):
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name} has shape {getattr(self, name).shape}, expected {shape}")
 
-    @classmethod
-    def of(cls, values: Trace, gradients: Trace, updates: Trace, meta: dict[str, Any]) -> ParameterNorms:
-        """From traces of the three, whose layers are parameters."""
-        of_each = _norms(values), _norms(gradients), _norms(updates)
-        return cls(values.layers, values.steps, *of_each, {**gradients.unmeasured, **values.unmeasured}, meta)
-
     @property
     def update_ratios(self) -> Floats:
-        """Update-to-weight ratios [steps, parameters]: the update's norm by that of the parameter before it."""
+        """Update-to-weight ratios [steps, parameters]: the update's norm by the parameter's at the weighing before."""
         before = np.vstack([np.full((1, len(self.parameters)), np.nan), self.norms[:-1]])[: len(self.steps)]
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios: Floats = self.update_norms / before
@@ -168,13 +160,6 @@ class ParameterNorms(Saved, Tabular):
             parts.append(f"and {rest} with smaller updates")
         parts.append(total)
         return "\n".join(parts + [f"not measured: {plain(n)} ({plain(why)})" for n, why in self.unmeasured.items()])
-
-
-def _norms(trace: Trace) -> Floats:
-    """[steps, layers]; infinite where an element is no finite number."""
-    rms, count, bad = (trace[stat] for stat in ("rms", "count", "nonfinite"))
-    found: Floats = np.where(bad > 0, np.inf, rms * np.sqrt(count))
-    return found
 
 
 def _total(norms: Floats) -> Floats:

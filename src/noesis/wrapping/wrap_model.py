@@ -116,7 +116,7 @@ def wrap(
     if gradients:
         recorder.gradients = GradientRecorder(names, device, **given, settings={})
     if parameters:
-        recorder.weights = Weights(dict(root.named_parameters()), device, capacity)
+        recorder.weights = Weights(dict(root.named_parameters()), capacity)
     recorder.count_routes(find_routers(root, [(each.name, each.module) for each in chosen if each.place is None]))
     if codebook is not None:
         recorder.channels = Channels(codebook, logits if callable(logits) else None)

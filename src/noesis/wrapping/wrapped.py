@@ -141,19 +141,25 @@ class Wrapped(WithCodebooks, nn.Module):  # type: ignore[override]  # forward is
                     trace.unmeasured.setdefault(name, why)
         return self._told(trace, self._recorder.gradients.earlier, group, timeout)
 
-    def weigh(self) -> None:
+    def weigh(self, every: int = 10) -> None:
         """Measure all parameters, their gradients and their updates, with `wrap(..., parameters=True)`.
 
-        An update is the difference to the weighing before, of which a copy of the trainable parameters is kept on
-        their device. In a training loop the place is after `optimiser.step()` and before `zero_grad()`. Nothing waits
+        In a training loop the place is after `optimiser.step()` and before `zero_grad()`, and at most of the steps it
+        does nothing: of the calls in a run the first measures, and every n-th after it. An update is the difference
+        to the call before, of which a copy of the trainable parameters is kept on their device. Nothing waits
         for the device; of parameters that are sharded (FSDP2) each rank measures its part.
 
+        Args:
+            every: the calls from one measuring to the next; 1 to measure now, at a cost that the guide to costs tells.
+
         Raises:
-            NoesisError: without `parameters=True`.
+            NoesisError: without `parameters=True`, or when `every` is no whole number from 1.
         """
         weights = self._weights()
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise BadValue(f"every={every!r}", "a whole number from 1", "Pass every=1 to measure at each call")
         if not self._recorder.paused:
-            weights.weigh(dict(self._root.named_parameters()), self._recorder.forwards)
+            weights.ask(dict(self._root.named_parameters()), self._recorder.forwards, every)
 
     def parameter_norms(self) -> ParameterNorms:
         """Norms of parameters and gradients, and update-to-weight ratios, at the times of this run that were weighed.
@@ -274,9 +280,10 @@ class Wrapped(WithCodebooks, nn.Module):  # type: ignore[override]  # forward is
             if len(gradients) and gradients.calls.any():
                 found |= under("gradients", scalars(gradients, layers=layers, stats=stats))
         if isinstance(weights := self._recorder.weights, Weights):
-            if weights.weighed_at != self._recorder.forwards:
-                self.weigh()
-            found |= self.parameter_norms().scalars(layers)
+            if weights.asked_at != self._recorder.forwards and not self._recorder.paused:
+                weights.weigh(dict(self._root.named_parameters()), self._recorder.forwards)
+            if weights.weighed_at == self._recorder.forwards:
+                found |= self.parameter_norms().scalars(layers)
         write(found, forwards - 1 if step is None else step)
         return found
 

@@ -69,7 +69,7 @@ def pointer(_context: Any, address: Any, like: Any) -> Any:  # noqa: ARG001 (Num
 
 
 @njit(fastmath=REORDER)
-def _widen(narrow: Any, kind: int, bits: Any) -> None:
+def widen(narrow: Any, kind: int, bits: Any) -> None:
     """The bits of float16 or bfloat16 elements as those of float32."""
     if kind == BFLOAT16:
         for i in range(narrow.size):
@@ -249,7 +249,7 @@ def observe(
                 _sums(wide[start:stop], wide_bits[start:stop], count_zeros, part)
             else:
                 bits = buffer[: stop - start]
-                _widen(narrow[start:stop], kind, bits)
+                widen(narrow[start:stop], kind, bits)
                 _sums(bits.view(np.float32), bits, count_zeros, part)
             _join(whole, part)
         _store(whole, slots, control[SEQUENCE])
