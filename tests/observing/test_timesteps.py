@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -140,13 +141,45 @@ def test_ltx_says_what_it_concatenates(scale: float, branch: str, batch: int) ->
     assert trace.timesteps.tolist() == [1000.0, 500.0]
 
 
-def test_a_conditioned_frame_does_not_hide_the_timestep() -> None:
+def wan(kind: Any) -> Any:
+    """A small pipeline of the 5B kind of Wan 2.2 (TI2V), which expands its timesteps over tokens."""
+    parts = {name: part for name, part in build("wan").components.items() if name != "transformer_2"}
+    made = {name: None for name in ("image_processor", "image_encoder") if name in kind.__init__.__code__.co_varnames}
+    pipe = kind(**{**parts, **made, "boundary_ratio": None}, expand_timesteps=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("make", "branches"),
+    [
+        (lambda: ltx(diffusers.LTXImageToVideoPipeline), ["uncond+cond"] * 2),
+        (lambda: wan(diffusers.WanImageToVideoPipeline), ["cond", "uncond"] * 2),
+        (lambda: wan(diffusers.WanPipeline), ["cond", "uncond"] * 2),
+    ],
+    ids=["LTX, image to video", "Wan TI2V, image to video", "Wan TI2V, text to video"],
+)
+def test_a_conditioned_frame_does_not_hide_the_timestep(make: Callable[[], Any], branches: list[str]) -> None:
     image = pytest.importorskip("PIL.Image").new("RGB", (32, 32))
-    wrapped = noesis.wrap(ltx(diffusers.LTXImageToVideoPipeline), per_sample=True)
-    wrapped(image=image, prompt="a cat", negative_prompt="fog", guidance_scale=3.0, output_type="latent", **SMALL)
+    pipe = make()
+    given: list[torch.Tensor] = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda _module, _args, kwargs: given.append(kwargs["timestep"]), with_kwargs=True
+    )
+    wrapped = noesis.wrap(pipe, per_sample=True)
+    start = {"image": image} if "ImageToVideo" in type(pipe).__name__ else {}
+    prompt: dict[str, Any] = {"prompt": "a cat", "negative_prompt": "fog"}
+    if type(pipe).__name__.startswith("Wan"):  # whose pipelines clean a text by a package that is not needed here
+        prompt = {"prompt_embeds": torch.ones(1, 16, 32), "negative_prompt_embeds": torch.zeros(1, 16, 32)}
+    wrapped(guidance_scale=3.0, output_type="latent", **prompt, **start, **SMALL)
     trace = wrapped.trace()
-    assert trace.timesteps.tolist() == [1000.0, 500.0]
-    assert [sample.timesteps.tolist() for sample in trace.samples] == [[1000.0, 500.0]] * 2
+    assert all(timestep.numel() > timestep.shape[0] for timestep in given)  # one per token
+    assert all((timestep.amin() == 0) == bool(start) for timestep in given)
+    assert trace.branches == branches
+    steps = pipe.scheduler.timesteps.tolist()
+    assert (len(steps), min(steps) > 0) == (2, True)
+    assert trace.timesteps.tolist() == [step for step in steps for _ in range(len(branches) // 2)]
+    assert all(sample.timesteps.tolist() == trace.timesteps.tolist() for sample in trace.samples)
 
 
 def test_perturbed_attention_guidance_names_its_branches() -> None:
