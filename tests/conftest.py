@@ -53,7 +53,7 @@ def _seed() -> None:
 CORE = {
     *("contexts", "internals", "kernels", "test_robustness", "test_codebooks", "test_surprise", "test_capture"),
     *("test_breaks", "test_clock", "test_compile", "test_gradients", "test_observing", "test_off", "test_recorder"),
-    *("test_subclassing",),
+    *("test_subclassing", "test_captures_of_versions"),
 }
 
 

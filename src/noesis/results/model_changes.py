@@ -197,7 +197,10 @@ class ModelChanges:
     @property
     def meta_differences(self) -> Differences:
         """By name, what differs in the meta of the models, `(a's, b's)`: see `Comparison`."""
-        return meta_differences(self.meta.get("a", {}), [self.meta.get("b", {})])
+        a, b = (self.meta.get(name, {}) for name in "ab")
+        known = a.keys() & b.keys()  # less of a capture than of a model
+        one, other = ({name: value for name, value in meta.items() if name in known} for meta in (a, b))
+        return meta_differences(one, [other])
 
 
 def _p_values(numbers: Floats, least_spread: float, larger: bool = False) -> Floats:

@@ -24,7 +24,9 @@ def one_line(diff: ModelChanges) -> str:
     text += f"relative error up to {diff.distance:.4g}"
     if diff.predictions:
         text += f", {len(diff.flips)} of {counted(diff.predictions, 'prediction')} flipped"
-    return text + f", {counted(len(diff.weights), 'weight')} changed"
+    if diff.weights_compared:  # captures have none
+        text += f", {counted(len(diff.weights), 'weight')} changed"
+    return text
 
 
 def summary(diff: ModelChanges, top: int) -> str:

@@ -60,7 +60,8 @@ def capture(model: Any, layers: Layers = "blocks", *, max_bytes: int = 1 << 30) 
     """
     _, root, _, _ = resolve(model)
     chosen = choose(root, layers)
-    acts = Activations({layer.name: [] for layer in chosen}, meta={"model": type(root).__name__})
+    meta = {"model": type(root).__name__, "torch_version": torch.__version__}
+    acts = Activations({layer.name: [] for layer in chosen}, meta=meta)
     recording = Keeping(acts, max_bytes)
     with each_output(chosen, recording.keep):
         yield acts
