@@ -79,7 +79,8 @@ def test_missing_fails_update_writes_and_then_it_passes(project: Project, monkey
         monkeypatch.setenv("CI", ci)
         outcomes, text = project.run()
         assert outcomes == {"failed": 1}
-        assert "no such file" in text
+        assert "test_one: there is no snapshot __snapshots__/test_it/test_one.json" in text
+        assert "differs" not in text
         assert "pytest test_it.py::test_one --soulprint-update" in text
         assert not project.file("test_one").parent.exists()
     outcomes, text = project.run("--soulprint-update")

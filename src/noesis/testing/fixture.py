@@ -62,11 +62,18 @@ class SoulprintSnapshot:
         if problems:
             import pytest
 
+            said, command = (
+                f"{path.stem}: the run differs from {shown(path)}",
+                f"pytest {self._again} --soulprint-update",
+            )
             if self._update:
                 do = "Another snapshot of that name was taken in this session: give each its own name=..."
+            elif not path.exists():
+                said, problems = f"{path.stem}: there is no snapshot {shown(path)}", []
+                do = f"Write it, look at it, and commit it: {command}"
             else:
-                do = f"If this is meant to be so: pytest {self._again} --soulprint-update"
-            pytest.fail("\n".join([f"{path.stem}: the run differs from {shown(path)}", *problems, do]))
+                do = f"If this is meant to be so: {command}"
+            pytest.fail("\n".join([said, *problems, do]))
 
     def _written(self, path: Path, new: Snapshot) -> str:
         """Write it, unless what is there still holds; which of both."""
@@ -116,7 +123,7 @@ def _checked(name: str) -> str:
 def _problems(path: Path, new: Snapshot) -> list[str]:
     """Why a snapshot does not hold for a run, in words; none if it does."""
     if not path.exists():
-        return ["there is no such file; it has to be written once, looked at, and committed"]
+        return ["there is no such file"]
     try:
         old = type(new).load(path)
     except BadFile as error:
