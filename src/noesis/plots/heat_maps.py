@@ -169,7 +169,7 @@ def token_map(
         cmap=colormaps["viridis"].with_extremes(bad=LOUD),
         norm=PowerNorm(0.5, 0.0, float(np.max(values, initial=least, where=finite))),
     )
-    figure.colorbar(image, ax=axes, label="1 - cosine", pad=0.01)
+    _colour_bar(axes, image, "1 - cosine", "neither")
     for axis, labels, room in ((axes.xaxis, tokens, 200), (axes.yaxis, layers, 70)):
         shown = thinned(len(labels), room)
         axis.set_ticks(shown)

@@ -227,7 +227,15 @@ def _scale(axes: Axes, values: Floats) -> None:
     """Linear, or where a few bars dwarf the others linear up to their median only."""
     size = np.abs(values[np.isfinite(values) & (values != 0)])
     if size.size > 2 and size.max() > 30 * np.median(size):
-        axes.set_xscale("symlog", linthresh=float(np.median(size)))
+        least, most = float(np.median(size)), float(size.max())
+        axes.set_xscale("symlog", linthresh=least)
+        # Its own ticks stand in the linear part too, one over the other.
+        powers = np.arange(np.floor(np.log10(most)), np.log10(least), -1)
+        step = max(1, -(-len(powers) // 3))
+        from_zero = powers - np.log10(least) + 1  # in powers of ten, of which the linear part is as wide as one
+        shown = 10.0 ** powers[from_zero >= 0.7 * step][::step]
+        signs = [sign for sign in (-1, 1) if (np.nan_to_num(values) * sign > 0).any()]
+        axes.set_xticks([0.0, *(sign * tick for sign in signs for tick in shown)])
     else:
         axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
         axes.xaxis.get_offset_text().set(color=SOFT, fontsize=8)

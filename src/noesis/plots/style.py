@@ -8,6 +8,7 @@ no TeX, no line breaks.
 from __future__ import annotations
 
 import io
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +33,8 @@ FIRST, SECOND, PALE = "#2f6db3", "#e0812c", "#a5c0e0"
 QUIET, LOUD = "#9fb3c8", "#c8385a"
 #: Inches a row of labels needs to be read, and the tallest a picture gets.
 ROW, TALLEST = 0.21, 15.0
-#: Points that a line of small print is high.
+#: Inches that a letter of small print is wide, and points that a line of it is high.
+LETTER = 0.057
 LINE = 14
 #: More rows than this are drawn without gaps, and a second run as marks on the bars of the first.
 CROWDED = 60
@@ -75,8 +77,10 @@ def label_columns(axes: Axes, labels: Sequence[Any], kind: str) -> None:
 
 
 def label_axis(axes: Axes, which: Literal["x", "y"], text: str) -> None:
-    """Say what an axis shows."""
+    """Say what an axis shows, on lines that are no longer than the picture leaves room for."""
     axis = axes.xaxis if which == "x" else axes.yaxis
+    wide, tall = inches_of(axes)
+    text = textwrap.fill(text, max(12, int((wide if which == "x" else tall) * 0.7 / LETTER)))
     axis.set_label_text(text, color=SOFT, fontsize=8, parse_math=False, usetex=False)
 
 

@@ -111,7 +111,14 @@ class Fidelity(Saved, Tabular):
         widest = int(self.token_counts.max(initial=0))
         rows = [np.append(errors, np.full(widest - len(errors), np.nan)) for errors in self._of_tokens()]
         return heat_map(
-            np.array(rows), self.layers, range(widest), title="relative error by layer and token", path=path
+            np.array(rows),
+            self.layers,
+            range(widest),
+            title="relative error by layer and token",
+            row_axis="layer",
+            column_axis="token",
+            colour_bar="relative error",
+            path=path,
         )
 
     # ------------------------------------------------------------ files and text
