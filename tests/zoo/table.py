@@ -62,7 +62,7 @@ def tried(entry: Entry) -> str:
     """A line of the table, once every promise was kept."""
     import pytest
 
-    from zoo import test_zoo
+    from zoo import models, test_zoo
 
     for training in (True, False):
         test_zoo.test_outputs_and_gradients_are_bitwise_equal(entry, training)
@@ -74,7 +74,7 @@ def tried(entry: Entry) -> str:
     test_zoo.test_codebooks_keep_vectors_of_every_sample(entry)
     with TemporaryDirectory() as folder, contextlib.suppress(pytest.skip.Exception):
         test_zoo.test_save_pretrained_and_back(entry, Path(folder))
-    return row(entry, observed(entry), test_zoo.compiles(entry))
+    return row(entry, observed(entry), test_zoo.compiles(entry, models.model_of(entry)))
 
 
 def main() -> None:
