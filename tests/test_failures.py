@@ -102,7 +102,10 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize(
+    "context",
+    [name if name in ("eager", "codebook") else pytest.param(name, marks=pytest.mark.slow) for name in CONTEXTS],
+)
 def test_an_exception_at_any_layer_leaves_the_next_step_right(context: str, when: str, calibration: Path) -> None:
     options, entered = CONTEXTS[context]
     every = options.get("every", 1)
@@ -299,7 +302,7 @@ def test_an_interrupt_in_fitting_leaves_the_old_calibration_or_the_new_one(
         take(wrapped)
     wrapped, taken = begin(), 0
     # Some of all the lines, and every one of the last, where what was found is taken over.
-    for at in sorted({*range(1, count.seen, max(1, count.seen // 40)), *range(count.seen - 60, count.seen + 1)}):
+    for at in sorted({*range(1, count.seen, max(1, count.seen // 12)), *range(count.seen - 60, count.seen + 1)}):
         was = wrapped.calibration
         with suppress(KeyboardInterrupt), Interrupt(at, *FITTING) as interrupt:
             take(wrapped)

@@ -6,6 +6,7 @@ import ast
 import multiprocessing
 import pickle
 import re
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -192,8 +193,10 @@ def test_calls_of_one_step_are_one_row() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="has no fork")
 def test_each_process_has_a_trace_of_its_own() -> None:
-    context = multiprocessing.get_context("spawn")
+    noesis.wrap(small(), layers="linear")(torch.ones(1, 4))  # what Numba compiles here, children have
+    context = multiprocessing.get_context("fork")  # of spawned ones, `contexts` has tests
     queue = context.SimpleQueue()
     ranks = [context.Process(target=_run_rank, args=(rank, queue)) for rank in range(2)]
     for rank in ranks:
@@ -205,6 +208,7 @@ def test_each_process_has_a_trace_of_its_own() -> None:
 
 def _run_rank(rank: int, queue: Any) -> None:
     """A batch of `rank + 1` in one process of many, told apart by what its trace counts."""
+    torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
     wrapped = noesis.wrap(small(), layers="linear")
     wrapped(torch.ones(rank + 1, 4))
     queue.put((rank, int(wrapped.trace()["count"].item())))

@@ -104,9 +104,9 @@ ALL_MODULES = (
 )
 
 
-@pytest.mark.parametrize("code", [ALL_NAMES, ALL_MODULES + ALL_NAMES], ids=["names", "modules"])
-def test_import_has_no_effects(code: str, tmp_path: Path) -> None:
-    assert effects_of(code, tmp_path) == []
+def test_import_has_no_effects(tmp_path: Path) -> None:
+    """Of the names alone, then of every module beside them."""
+    assert effects_of(f"{ALL_NAMES}\n{ALL_MODULES}{ALL_NAMES}", tmp_path) == []
 
 
 def test_effects_of_an_import_are_noticed(tmp_path: Path) -> None:
@@ -127,8 +127,8 @@ def test_help_does_not_import_torch() -> None:
     assert imported(done.stderr).isdisjoint({"torch", "numpy", *OPTIONAL})
 
 
-def test_importing_torch_is_noticed() -> None:
-    assert "torch" in imported(python("-W", "error", "-X", "importtime", "-c", "import torch").stderr)
+def test_importing_numpy_is_noticed() -> None:
+    assert "numpy" in imported(python("-W", "error", "-X", "importtime", "-c", "import numpy").stderr)
 
 
 def imported(importtime: str) -> set[str]:

@@ -36,7 +36,7 @@ def assert_steady(case: dict[str, Any]) -> None:
         assert point["held_steps"] == min(point["steps"], capacity)
         assert point["dropped_steps"] == point["steps"] - point["held_steps"]
         assert point.get("scores_equal", True)
-    # The first half may still import, compile and fill what stays; a leak of 8 bytes a step would show.
+    # The part before `half` may still import, compile and fill what stays; a leak of 8 bytes a step would show.
     half = len(points) // 2
     assert points[-1]["rss_bytes"] - points[half]["rss_bytes"] < max(1 << 19, 8 * (points[-1]["steps"] // 2))
     if "cuda_bytes" in points[0]:
@@ -49,8 +49,8 @@ def assert_steady(case: dict[str, Any]) -> None:
 )
 @pytest.mark.slow
 def test_a_long_run_is_steady(soak: ModuleType, variant: str, steps: int, capacity: int) -> None:
-    case = soak.soak(steps, variant=variant, capacity=capacity, points=5)
-    assert [point["steps"] for point in case["points"]] == [steps * point // 5 for point in range(1, 6)]
+    case = soak.soak(steps, variant=variant, capacity=capacity, points=3)
+    assert [point["steps"] for point in case["points"]] == [steps * point // 3 for point in range(1, 4)]
     assert_steady(case)
 
 

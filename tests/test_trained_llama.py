@@ -113,6 +113,7 @@ COARSE = [torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("dtype", COARSE)
 @pytest.mark.parametrize("tokens", [3, 80])
+@pytest.mark.slow
 def test_what_a_dtype_rounds_is_no_divergence(llama, prompts, dtype, tokens):
     for ids in prompts[:3]:
         exact, rounded = (forward(copy.deepcopy(llama[0]).to(kind), ids[:, :tokens]) for kind in (torch.float32, dtype))

@@ -367,8 +367,10 @@ def test_resnet20_is_as_accurate_as_its_authors_say(detection, data):
 
 @pytest.mark.data
 @pytest.mark.slow
-def test_the_stories_are_of_the_models_own_kind(detection, data, tmp_path):
+def test_the_stories_are_of_the_models_own_kind(detection, data, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
+    for name in ("FIT_STORIES", "TEST_STORIES", "TEXTS"):
+        monkeypatch.setattr(detection.sets, name, 40)
     case = detection.sets.case(4, data=data, cache=tmp_path)
     with torch.no_grad():
         loss = {
@@ -474,6 +476,7 @@ def test_digits_from_the_command_to_the_tables(ood, tmp_path, capsys):
     assert "| digits, 0 | images the model was trained on: no guarantee |" in told
 
 
+@pytest.mark.slow
 def test_the_default_is_a_variant_of_the_ablations(detection, tmp_path):
     pytest.importorskip("sklearn")
     variants = detection.variants
@@ -638,6 +641,7 @@ def test_the_blind_figures_are_of_both_sets_and_all_methods(ood):
 # ---------------------------------------------------------------- speed
 
 
+@pytest.mark.slow
 def test_steps_with_codebooks_are_timed(detection):
     pytest.importorskip("nervecode")
     size = importlib.import_module("models").Size(batch=4, tokens=3, depth=1)
@@ -654,7 +658,11 @@ def test_steps_with_codebooks_are_timed(detection):
 
 @pytest.mark.data
 @pytest.mark.slow
-def test_calibrating_is_timed_against_the_forwards(detection, data):
+def test_calibrating_is_timed_against_the_forwards(detection, data, monkeypatch):
+    whole = detection.sets.case(1, data=data)
+    assert len(whole.fit) == 3000
+    few = dataclasses.replace(whole, fit=whole.fit[:300], fit_labels=whole.fit_labels[:300])
+    monkeypatch.setattr(detection.speed, "case", lambda number, data: few)
     found = detection.speed.calibrating(rounds=1, data=data)
-    assert found["inputs"] == 3000
+    assert found["inputs"] == 300
     assert found["variants"]["calibrate"]["ratio"] > 0.8

@@ -232,6 +232,7 @@ def test_no_new_token_is_the_forward_of_the_prompt(run: Run, llama: Path, tmp_pa
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_more_tokens_than_the_ring_of_wrap_holds(run: Run, llama: Path, tmp_path: Path) -> None:
     run("trace", "--model", llama, "--prompt", ONCE, "--max-new-tokens", 300, "--layers", "norm", "--out", tmp_path)
     trace = noesis.Trace.load(tmp_path)
@@ -687,6 +688,7 @@ def test_diff_names_what_changed(run: Run, llama: Path, changed_llama: Path, pro
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_diff_fails_over_a_bound(run: Run, llama: Path, changed_llama: Path, prompts: Path) -> None:
     line = ["diff", llama, changed_llama, "--prompts", prompts]
     distance = noesis.ModelDiff.from_json(run(*line, "--json").out).distance
@@ -699,6 +701,7 @@ def test_diff_fails_over_a_bound(run: Run, llama: Path, changed_llama: Path, pro
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_diff_of_dtypes_and_adapters(run: Run, llama: Path, prompts: Path, tmp_path: Path) -> None:
     done = run("diff", llama, llama, "--dtype-b", "bfloat16", "--prompts", prompts)
     assert "different meta: dtype 'float32' -> 'bfloat16'" in done.out
@@ -713,6 +716,7 @@ def test_diff_of_dtypes_and_adapters(run: Run, llama: Path, prompts: Path, tmp_p
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_diff_of_pipelines(run: Run, data: Path) -> None:
     folder = data / "fashion_t2i"
     done = run("diff", folder, folder, "--prompts", "a coat", "a bag", "--steps", 2, "--dtype-b", "bfloat16")
@@ -721,6 +725,7 @@ def test_diff_of_pipelines(run: Run, data: Path) -> None:
     assert "mid_block.resnets.0" in done.out
 
 
+@pytest.mark.slow
 def test_diff_of_classifiers_takes_tensors(run: Run, tmp_path: Path) -> None:
     config = transformers.ResNetConfig(
         num_channels=1, embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], num_labels=3, layer_type="basic"

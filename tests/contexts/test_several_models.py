@@ -189,7 +189,10 @@ def test_workers_of_a_data_loader(method: str) -> None:
     wrapped(some(7))
     before = wrapped.trace().totals
     loader = torch.utils.data.DataLoader(
-        Features(wrapped), batch_size=None, num_workers=2, multiprocessing_context=method
+        Features(wrapped),
+        batch_size=None,
+        num_workers=2 if method == "fork" else 1,  # to spawn one takes seconds
+        multiprocessing_context=method,
     )
     for index, (y, totals) in enumerate(loader):
         seen = Seen(model := copy.deepcopy(bare))

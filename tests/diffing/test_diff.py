@@ -187,6 +187,7 @@ def test_an_adapter_on_and_off(llama: nn.Module, tokenizer: Any) -> None:
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_a_trained_classifier(data: Path) -> None:
     model = Garments(load_file(data / "fashion_cnn" / "model.safetensors")).eval()
     pixels = np.load(data / "fashion_mnist_test.npz", allow_pickle=False)["images"][:100]
@@ -207,6 +208,7 @@ def test_a_trained_classifier(data: Path) -> None:
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_a_diffusion_pipeline(data: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(data / "fashion_t2i")
@@ -274,6 +276,7 @@ def test_the_control_is_of_a_alone() -> None:
     assert noesis.diff(noisy, quiet, rows(), layers="all", baseline=3).changed == []
 
 
+@pytest.mark.slow
 def test_equal_models_are_rarely_called_changed() -> None:
     """Two noisy copies of one model: the share of diffs that name any layer is about alpha or less."""
     model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.Linear(16, 4)).train()
@@ -505,6 +508,7 @@ def test_a_is_freed_before_b_is_made() -> None:
     assert len(found.weights) == 4
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_bounded_and_estimates_are_near() -> None:
     torch.manual_seed(0)
     a = nn.Sequential(nn.Linear(8, 4096), nn.Linear(4096, 64))

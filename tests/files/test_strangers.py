@@ -12,10 +12,10 @@ import json
 import math
 import os
 import random
+import resource
 import struct
 import sys
 import textwrap
-import time
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -32,13 +32,13 @@ from torch import nn
 import noesis
 from helpers.models import small
 from helpers.processes import python
-from noesis.files import writer
+from noesis.files import bounded_json, writer
 from noesis.files.bounded_json import LEAST_BOUND
 from noesis.kernels.routing import FIELDS
 from noesis.results import ALWAYS
 
 #: Cases over all formats.
-CASES = int(os.environ.get("NOESIS_FUZZ_CASES", "10000"))
+CASES = int(os.environ.get("NOESIS_FUZZ_CASES", "6000"))
 #: What is put in the place of a JSON value.
 ODD: list[Any] = [
     None, True, False, -1, 0, 1, 2, 3, 0.5, 1e308, -1e308, 1e-320, math.nan, math.inf, -math.inf, 2**31, 2**53, 2**63,
@@ -440,32 +440,31 @@ def large_trace(steps: int, layers: int = 200) -> noesis.Trace:
 
 @on_linux
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_reading_takes_at_most_four_times_the_file(tmp_path: Path) -> None:
-    """Of 20 to 60 MB, in every format; of a gzip, four times what it unpacks to."""
-    small, large = large_trace(900), large_trace(4000)
-    numbers = np.random.default_rng(0).standard_normal((2, 300_000))
-    soulprint = noesis.Soulprint(*numbers, [f"model.layers.{layer}" for layer in range(300_000)], meta={"run": "large"})
-    experts = np.arange(2000 * 100 * (16 + FIELDS)).reshape(2000, 100, -1)
+    """Of 7 to 20 MB, in every format; of a gzip, four times what it unpacks to."""
+    small, large = large_trace(300), large_trace(1350)
+    numbers = np.random.default_rng(0).standard_normal((2, 150_000))
+    soulprint = noesis.Soulprint(*numbers, [f"model.layers.{layer}" for layer in range(150_000)], meta={"run": "large"})
+    experts = np.arange(700 * 100 * (16 + FIELDS)).reshape(700, 100, -1)
     ones = np.ones((4, 100, 16, 16), np.int64)
     moe = noesis.Routes(
         sums=experts,
         experts=np.full(100, 16),
         layers=[str(layer) for layer in range(100)],
-        steps=np.arange(2000),
+        steps=np.arange(700),
         whole=experts.sum(0),
         coactivation=ones.sum(0),
         step_coactivation=ones,
     )
-    one, other = (noesis.Soulprint(*numbers[::way, :60_000], soulprint.layers[:60_000]) for way in (1, -1))
-    words = [f"word{number % 5000}" for number in range(30_000)]
+    one, other = (noesis.Soulprint(*numbers[::way, :20_000], soulprint.layers[:20_000]) for way in (1, -1))
+    words = [f"word{number % 5000}" for number in range(10_000)]
     deltas = noesis.TokenDeltas(
-        np.abs(np.random.default_rng(0).standard_normal((30_000, 30))) % 1,
+        np.abs(np.random.default_rng(0).standard_normal((10_000, 30))) % 1,
         [str(layer) for layer in range(30)],
         words,
         words,
-        list(range(30_000)),
-        list(range(30_000)),
+        list(range(10_000)),
+        list(range(10_000)),
         0.1,
     )
     plain, gzipped = small.save(tmp_path / "t.json"), tmp_path / "t.json.gz"
@@ -474,44 +473,45 @@ def test_reading_takes_at_most_four_times_the_file(tmp_path: Path) -> None:
         (noesis.Trace, large.save(tmp_path / "t.safetensors")),
         (noesis.Trace, plain),
         (noesis.Trace, gzipped),
-        (noesis.Trace, large_trace(500).save_v01(tmp_path, single_file=True, compress=False)[0]),
+        (noesis.Trace, large_trace(170).save_v01(tmp_path, single_file=True, compress=False)[0]),
         (noesis.Soulprint, soulprint.save(tmp_path / "s.safetensors")),
         (noesis.Soulprint, soulprint.save(tmp_path / "s.json")),
         (noesis.Comparison, noesis.compare(one, other).save(tmp_path / "c.json")),
         (noesis.TokenDeltas, deltas.save(tmp_path / "d.json")),
         (noesis.Routes, moe.save(tmp_path / "r.safetensors")),
-        (noesis.Activations, noesis.Activations({"a": [torch.ones(13_000_000)]}).save(tmp_path / "a.safetensors")),
+        (noesis.Activations, noesis.Activations({"a": [torch.ones(4_300_000)]}).save(tmp_path / "a.safetensors")),
     ]
     for (_, path), (peak, said) in zip(files, memory_of(*files, least=0), strict=True):
         size = path.stat().st_size
         if path.suffix == ".gz":
             size = plain.stat().st_size
         assert said.startswith("read"), (path.name, said)
-        assert peak < 4 * size + BESIDE, (path.name, peak / size)
+        assert peak < 4 * size + BESIDE // 2, (path.name, peak / size)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["json", "safetensors"])
-def test_large_files_of_our_own_are_read(tmp_path: Path, suffix: str) -> None:
+def test_large_files_of_our_own_are_read(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long texts that are escaped, once in JSON and twice in safetensors, and arrays of short numbers in short rows."""
-    for text in ("\u4e2d" * 1_500_000, "\u00e9" * 2_000_000, "\n" * 8_000_000, "x" * 40_000_000, 'a"\\' * 3_000_000):
+    monkeypatch.setattr(bounded_json, "LEAST_BOUND", LEAST_BOUND // 8)  # so that files of some MB are large
+    for text in ("\u4e2d" * 190_000, "\u00e9" * 250_000, "\n" * 1_000_000, "x" * 5_000_000, 'a"\\' * 375_000):
         print_ = noesis.Soulprint(np.ones(1), np.ones(1), ["0"], meta={"log": text})
         assert noesis.Soulprint.load(print_.save(tmp_path / f"s.{suffix}")).meta["log"] == text
-    for steps, layers in ((100_000, 1), (60_000, 3), (20_000, 40)):
+    for steps, layers in ((12_500, 1), (7500, 3), (2500, 40)):
         values = np.zeros((steps, layers, 7))
         values[..., 0] = 2
         trace = noesis.Trace.of(values, [str(layer) for layer in range(layers)], ALWAYS, steps=np.arange(steps))
         again = noesis.Trace.load(trace.save(tmp_path / f"t.{suffix}"))
         np.testing.assert_array_equal(again.values, trace.values)
-    counts = np.random.default_rng(0).integers(0, 2, size=(8192, 32, 8 + FIELDS))
+    counts = np.random.default_rng(0).integers(0, 2, size=(1024, 32, 8 + FIELDS))
     routes = noesis.Routes(
         sums=counts,
         experts=np.full(32, 8),
         layers=[str(layer) for layer in range(32)],
-        steps=np.arange(8192),
+        steps=np.arange(1024),
         whole=counts.sum(0),
         coactivation=np.zeros((32, 8, 8), np.int64),
-        step_coactivation=np.zeros((16, 32, 8, 8), np.int64),
+        step_coactivation=np.zeros((2, 32, 8, 8), np.int64),
     )
     np.testing.assert_array_equal(noesis.Routes.load(routes.save(tmp_path / f"r.{suffix}")).sums, counts)
 
@@ -563,17 +563,18 @@ def bombs(folder: Path, size: int) -> list[Path]:
 @pytest.mark.slow
 def test_json_bombs_take_no_more_memory_than_large_files(tmp_path: Path) -> None:
     """At most four times the file, where it would be up to thirty times."""
-    size = 1 << 25
+    size = 1 << 24
     paths = bombs(tmp_path, size)
     keys = tmp_path / "keys.json"
-    keys.write_text(HEAD + "{" + ",".join(f'"{number:x}":0' for number in range(2_800_000)) + "}}}")
+    keys.write_text(HEAD + "{" + ",".join(f'"{number:x}":0' for number in range(1_400_000)) + "}}}")
     paths.append(keys)
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     found = memory_of(*((noesis.Trace, path) for path in paths), least=0)
-    assert time.perf_counter() - start < 60
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)  # its own seconds, not those of a busy machine
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 40
     for path, (peak, said) in zip(paths, found, strict=True):
         assert said == "refused BadFile", (path.name, said)
-        assert peak < 4 * size + BESIDE // 2, (path.name, peak / size)
+        assert peak < 4 * size + BESIDE, (path.name, peak / size)
 
 
 @on_linux
@@ -594,7 +595,7 @@ def test_gzip_and_safetensors_bombs_take_little_memory(tmp_path: Path) -> None:
     bomb.write_bytes(b"".join([*pieces, packer.flush()]))
     assert bomb.stat().st_size < 1 << 20
     # Bytes that would be float64 eight times as large, and a header of very many empty tensors.
-    count = 60_000_000
+    count = 28_000_000
     layers, kinds = [str(layer) for layer in range(100)], list(ALWAYS)
     inner = json.dumps({"format": "noesis.trace", "format_version": 1, "layers": layers, "stats": kinds})
     header = {
@@ -604,9 +605,7 @@ def test_gzip_and_safetensors_bombs_take_little_memory(tmp_path: Path) -> None:
     packed = json.dumps(header).encode()
     narrow, empty = tmp_path / "narrow.safetensors", tmp_path / "empty.safetensors"
     narrow.write_bytes(struct.pack("<Q", len(packed)) + packed + bytes(count // 700 * 700))
-    tensors = ",".join(
-        f'"{number:x}":{{"dtype":"F64","shape":[0],"data_offsets":[0,0]}}' for number in range(1_000_000)
-    )
+    tensors = ",".join(f'"{number:x}":{{"dtype":"F64","shape":[0],"data_offsets":[0,0]}}' for number in range(400_000))
     packed = ("{" + tensors + "}").encode()
     empty.write_bytes(struct.pack("<Q", len(packed)) + packed)
     files: list[tuple[type, Path]] = [(noesis.Trace, path) for path in (bomb, narrow, empty)]
@@ -760,7 +759,7 @@ KILLED = """
     import noesis
 
     folder, chance = Path(sys.argv[1]), random.Random(0)
-    layers = [str(index) for index in range(200_000)]
+    layers = [str(index) for index in range(50_000)]
     both = [noesis.Soulprint(np.full(len(layers), float(value)), np.ones(len(layers)), layers) for value in (1, 2)]
     path = both[0].save(folder / "soulprint.safetensors")
     seen, left = set(), []
@@ -772,7 +771,7 @@ KILLED = """
             while True:
                 for each in both:
                     each.save(path)
-        time.sleep(0.1 + 0.2 * chance.random())
+        time.sleep(0.05 + 0.1 * chance.random())
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         again = noesis.Soulprint.load(folder)

@@ -835,7 +835,7 @@ def read_or_refuse(data: bytes) -> None:
                 assert len(result.layers) == len(set(result.layers)) == len(result.means) == len(result.stds) > 0
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=250)
 @given(choice=st.data())
 def test_changed_values_are_read_or_refused(choice: st.DataObject) -> None:
     value = choice.draw(st.sampled_from(SAMPLES))
@@ -846,7 +846,7 @@ def test_changed_values_are_read_or_refused(choice: st.DataObject) -> None:
     read_or_refuse(json.dumps(value).encode())
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=250)
 @given(choice=st.data())
 def test_changed_bytes_are_read_or_refused(choice: st.DataObject) -> None:
     data = json.dumps(choice.draw(st.sampled_from(SAMPLES))).encode()

@@ -28,6 +28,7 @@ LIBRARIES = {"torch", "triton", "numba", "transformers", "diffusers", "accelerat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a minute on a quiet machine
 @pytest.mark.parametrize("kind", [pytest.param("missing", marks=pytest.mark.core), "other"])
 def test_what_every_name_does_when_it_is_gone_or_another(kind: str) -> None:
     """Bitwise outputs and right rows, or layers reported by name; never an exception in a forward."""

@@ -69,23 +69,26 @@ def tickets(state: State) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [0, 1, 2, 63, 123, 1024, 4097, 8192, 8193, 70_001, 131_072, 300_007])
+@pytest.mark.parametrize(
+    "size",
+    [0, 1, 2, 63, 123, 1024, 4097, 8193, *(pytest.param(n, marks=pytest.mark.slow) for n in (8192, 70_001, 300_007))],
+)
 def test_sizes_and_dtypes(size, dtype):
     x = (torch.randn(size) * 3 + 0.5).to(DEVICE, dtype)
     check(measured(x)[0], x)
 
 
 @given(size=st.integers(1, 50_000), offset=st.integers(0, 9), seed=st.integers(0, 99))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_any_size_and_alignment(size, offset, seed):
     x = torch.randn(size + offset, generator=torch.Generator().manual_seed(seed)).to(DEVICE).half()[offset:]
     check(measured(x)[0], x)
 
 
-@pytest.mark.parametrize("offset", [10.0, 1000.0, -1000.0])
+@pytest.mark.parametrize("offset", [10.0, -1000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_mean_far_from_zero(offset, dtype):
-    x = (torch.randn(200_000) + offset).to(DEVICE, dtype)
+    x = (torch.randn(100_000) + offset).to(DEVICE, dtype)
     assert measured(x)[0, layout.STD] == pytest.approx(x.double().std(unbiased=False).item(), rel=1e-5)
 
 
@@ -103,7 +106,7 @@ def test_mean_far_from_zero(offset, dtype):
         lambda x: torch.cat([x[:1] + 1e5, x]),  # the first element is far off, as a massive activation
     ],
 )
-@pytest.mark.parametrize("size", [2000, 70_001])
+@pytest.mark.parametrize("size", [2000, 20_011])
 @pytest.mark.slow
 def test_ranges(make, size):
     x = make(torch.randn(size, device=DEVICE))
@@ -111,7 +114,7 @@ def test_ranges(make, size):
 
 
 @pytest.mark.parametrize("bad", [[math.nan], [math.inf], [-math.inf], [math.nan, math.inf, -math.inf], [-math.nan]])
-@pytest.mark.parametrize("size", [1, 2, 100, 70_001])
+@pytest.mark.parametrize("size", [1, 2, 100, 20_011])
 @pytest.mark.slow
 def test_nonfinite(bad, size):
     x = torch.randn(size, device=DEVICE)
@@ -122,7 +125,7 @@ def test_nonfinite(bad, size):
     check(measured(x)[0], x)
 
 
-@pytest.mark.parametrize("samples", [0, 1, 2, 4])
+@pytest.mark.parametrize("samples", [0, 1, 4])
 @pytest.mark.parametrize(
     "view",
     [
@@ -238,9 +241,10 @@ class Spoil(nn.Module):
         return torch.where(torch.arange(x.shape[-1], device=x.device) == 3, math.nan, x) if self.active else x
 
 
-@pytest.mark.parametrize("samples", [0, 2])
-@pytest.mark.parametrize("every", [1, 2])
-@pytest.mark.parametrize("layers", [2, 300])  # one program, and several
+@pytest.mark.parametrize(
+    ("samples", "every", "layers"),  # every pair of values; one program for 2 layers, several for 300
+    [(0, 1, 300), (2, 2, 300), (2, 1, 2), (0, 2, 2)],
+)
 @pytest.mark.slow
 def test_steps_are_those_of_the_cpu(samples, every, layers):
     cpu = State(samples=samples, every=every, layers=layers)

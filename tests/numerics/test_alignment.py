@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,6 +52,7 @@ def test_tokens_of_different_kinds_are_different() -> None:
     assert align([1], ["1"]) == ([], [])
 
 
+@pytest.mark.slow
 def test_long_sequences_stay_within_bits() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 50, 1500).tolist(), rng.integers(0, 50, 1501).tolist()

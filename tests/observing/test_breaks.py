@@ -210,6 +210,11 @@ def mixed() -> nn.Module:
     return Around(Item(), PartlyDisabled(), Branches(), Recurrent(nn.GRU), Nested(1), Leaf(8, 8))
 
 
+def few() -> nn.Module:
+    """Breaks between layers, in one, and where a layer runs in Python and in compiled code."""
+    return Around(Item(), PartlyDisabled(), Leaf(8, 8))
+
+
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     return make()
@@ -243,7 +248,7 @@ def assert_like(trace: noesis.Trace, expected: noesis.Trace, *, exact: bool = Tr
 # ---------------------------------------------------------------- rows
 
 
-@pytest.mark.parametrize("kind", some_are_slow(KINDS, "graph_break", "lstm"))
+@pytest.mark.parametrize("kind", some_are_slow(KINDS, "graph_break"))
 def test_rows_are_those_of_eager_code_in_as_many_graphs_as_without(kind: str) -> None:
     """Over several calls, with other batches, which Dynamo compiles again."""
     eager, wrapped = (noesis.wrap(seeded(KINDS[kind]), layers="all") for _ in range(2))
@@ -288,14 +293,14 @@ ORDERS = (
 
 @pytest.mark.parametrize("order", some_are_slow(ORDERS, ORDERS[0]))
 def test_in_whatever_order_they_are_wrapped_and_compiled(order: str) -> None:
-    eager = noesis.wrap(seeded(mixed), layers="all")
+    eager = noesis.wrap(seeded(few), layers="all")
     with torch.no_grad():
-        wrapped, call = wrap_and_compile(order, mixed, backend="eager")
+        wrapped, call = wrap_and_compile(order, few, backend="eager")
         for x in batches(4, 6, 2):
             assert torch.equal(call(x), eager(x))
         assert_like(wrapped.trace(), eager.trace())
         wrapped.unwrap()
-        assert torch.equal(call(x), seeded(mixed)(x))
+        assert torch.equal(call(x), seeded(few)(x))
     assert len(wrapped.trace()) == 3
 
 
@@ -306,17 +311,19 @@ def assert_same_gradients(one: nn.Module, other: nn.Module) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("order", [ORDERS[0], ORDERS[4]])
+@pytest.mark.parametrize(
+    ("order", "backend", "dynamic"),
+    [(ORDERS[0], "inductor", None), (ORDERS[0], "aot_eager", True), (ORDERS[4], "aot_eager", None)],
+)
 def test_with_other_backends(order: str, backend: str, dynamic: bool | None) -> None:
-    eager = noesis.wrap(seeded(mixed), layers="all")
-    wrapped, call = wrap_and_compile(order, mixed, backend=backend, dynamic=dynamic)
+    make = mixed if backend == "aot_eager" else few
+    eager = noesis.wrap(seeded(make), layers="all")
+    wrapped, call = wrap_and_compile(order, make, backend=backend, dynamic=dynamic)
     for x in batches(4, 6, 2):
         call(x).sum().backward()
         eager(x)
     assert_like(wrapped.trace(), eager.trace(), exact=False)
-    bare = torch.compile(seeded(mixed), backend=backend, dynamic=dynamic)
+    bare = torch.compile(seeded(make), backend=backend, dynamic=dynamic)
     for x in batches(4, 6, 2):
         bare(x).sum().backward()
     assert_same_gradients(wrapped.observed_model, bare)
@@ -327,7 +334,7 @@ def test_with_other_backends(order: str, backend: str, dynamic: bool | None) -> 
     "options", [{"per_sample": 8, "stats": ("zeros", "rms")}, {"every": 2}, {"codebook": noesis.Codebook()}], ids=str
 )
 def test_with_options(options: dict[str, Any]) -> None:
-    eager, wrapped = (noesis.wrap(seeded(mixed), layers="all", **options) for _ in range(2))
+    eager, wrapped = (noesis.wrap(seeded(few), layers="all", **options) for _ in range(2))
     call, _ = compiled(wrapped.observed_model)
     with torch.no_grad():
         if "codebook" in options:
@@ -377,6 +384,7 @@ def test_routes() -> None:
         np.testing.assert_array_equal(getattr(wrapped.routes(), name), getattr(eager.routes(), name))
 
 
+@pytest.mark.slow
 def test_alarms() -> None:
     wrapped = noesis.wrap(seeded(mixed), layers="linear")
     call, _ = compiled(wrapped.observed_model)
@@ -395,7 +403,7 @@ def test_alarms() -> None:
 def test_capture() -> None:
     kept = []
     for compiling in (False, True):
-        model = seeded(mixed)
+        model = seeded(few)
         with noesis.capture(model, "all") as activations, torch.no_grad():
             call = compiled(model)[0] if compiling else model
             for x in batches(4, 6):
@@ -407,6 +415,7 @@ def test_capture() -> None:
         assert all(map(torch.equal, calls, kept[1][name])), name
 
 
+@pytest.mark.slow
 def test_a_forward_that_fails_ends_its_step() -> None:
     class Fails(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -429,6 +438,7 @@ def test_a_forward_that_fails_ends_its_step() -> None:
     assert_like(wrapped.trace(), eager.trace())
 
 
+@pytest.mark.slow
 def test_what_reads_a_trace_is_not_compiled() -> None:
     """A training step that is compiled as a whole, and looks at what happened."""
     eager, wrapped = (noesis.wrap(seeded(lambda: Around(nn.GELU())), layers="linear") for _ in range(2))
@@ -457,6 +467,9 @@ def test_what_reads_a_trace_is_not_compiled() -> None:
 # ---------------------------------------------------------------- how often Dynamo compiles
 
 
+CODEBOOK: dict[str, Any] = {"codebook": noesis.Codebook()}
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -470,28 +483,28 @@ class Net(nn.Module):
     "options",
     [
         {},
-        *(pytest.param(each, marks=pytest.mark.slow) for each in ({"per_sample": 16}, {"codebook": noesis.Codebook()})),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ({"per_sample": 16}, CODEBOOK)),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("dynamic", some_are_slow([None, True], None))
-def test_as_many_compilations_as_without(dynamic: bool | None, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("within", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_as_many_compilations_as_without(within: bool, dynamic: bool | None, options: dict[str, Any]) -> None:
     """When the batch changes; 4 is also a size of the recorder's own tensors."""
-    for make in (Net, lambda: nn.Sequential(Net())):
-        counts = []
-        for kind in ("bare", "wrapped", "in a function"):
-            torch._dynamo.reset()
-            model = make()
-            if kind != "bare":
-                noesis.wrap(model, layers="all", **options)(torch.randn(16, 8))
-            target = (lambda x: model(x)) if kind == "in a function" else model  # noqa: B023
-            call, counter = compiled(target, fullgraph=True, dynamic=dynamic)
-            counts.append([])
-            for x in batches(4, 6, 2, 9, 1, 4):
-                call(x)
-                counts[-1].append(counter.frame_count)
-        assert counts[0] == counts[1] == counts[2]
-        assert counts[0][-1] == (3 if dynamic is None else 2)
+    counts = []
+    for kind in ("bare", "wrapped", "in a function"):
+        torch._dynamo.reset()
+        model = nn.Sequential(Net()) if within else Net()
+        if kind != "bare":
+            noesis.wrap(model, layers="all", **options)(torch.randn(16, 8))
+        target = (lambda x: model(x)) if kind == "in a function" else model  # noqa: B023
+        call, counter = compiled(target, fullgraph=True, dynamic=dynamic)
+        counts.append([])
+        for x in batches(4, 6, 2, 9, 1, 4):
+            call(x)
+            counts[-1].append(counter.frame_count)
+    assert counts[0] == counts[1] == counts[2]
+    assert counts[0][-1] == (3 if dynamic is None else 2)
 
 
 class Pooled(nn.Module):
@@ -507,7 +520,8 @@ class Pooled(nn.Module):
         return self.head(pooled)
 
 
-@pytest.mark.parametrize("options", [{"per_sample": 16}, {"codebook": noesis.Codebook()}], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"per_sample": 16}, CODEBOOK], ids=str)
 def test_longer_texts_compile_little_more_behind_a_graph_break(options: dict[str, Any]) -> None:
     """With codebooks the mask is looked at there, so that other lengths compile once; the bare model knows of none."""
     counts = []
@@ -566,6 +580,8 @@ def test_models_of_one_class_share_what_is_compiled() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
+@pytest.mark.core
 def test_a_model_that_breaks_leaves_others_whole() -> None:
     for make in (lambda: Around(Break()), lambda: nn.Sequential(nn.Linear(8, 8), Break())):
         compiled(noesis.wrap(make(), layers="all").model)[0](torch.randn(4, 8))

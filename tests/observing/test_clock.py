@@ -68,7 +68,10 @@ def _compiled_in_place(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [way if way in ("eager", "backend eager") else pytest.param(way, marks=pytest.mark.slow) for way in WAYS],
+)
 def test_each_step_began_within_its_call(way: str) -> None:
     timed = WAYS[way]()
     timed(4)
@@ -83,7 +86,7 @@ def test_each_step_began_within_its_call(way: str) -> None:
     assert timed.fits(timed.wrapped.trace()) == [True]
 
 
-@pytest.mark.parametrize("way", ["eager", "the container compiled"])
+@pytest.mark.parametrize("way", ["eager", pytest.param("the container compiled", marks=pytest.mark.slow)])
 def test_the_ring_and_every_nth_step(way: str) -> None:
     timed = WAYS[way]()
     timed.wrapped.every = 3
@@ -216,6 +219,7 @@ def test_a_copy_goes_on_by_the_same_clock() -> None:
     assert timed.fits(timed.wrapped.trace()) == [True] * 4
 
 
+@pytest.mark.slow
 def test_a_compiled_copy_has_times_of_its_own() -> None:
     original = WAYS["the container compiled"]()
     original(2)

@@ -58,6 +58,8 @@ def test_one_graph_and_the_rows_of_eager(options, order):
     assert [len(trace.samples) for trace in (one, other)] == [options.get("per_sample", 0)] * 2
 
 
+@pytest.mark.slow
+@pytest.mark.core
 def test_compiling_the_container():
     x = torch.randn(4, 8)
     wrapped = noesis.wrap(small(), layers="all")
@@ -83,6 +85,8 @@ def test_pausing_reaches_compiled_code_without_a_recompile():
     assert wrapped.trace().steps.tolist() == [0]
 
 
+@pytest.mark.slow
+@pytest.mark.core
 def test_training_compiled():
     model = small()
     bare = copy.deepcopy(model)

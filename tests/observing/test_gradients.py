@@ -429,6 +429,8 @@ def test_outputs_that_cannot_be_measured_are_named() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it traces
+@pytest.mark.slow
+@pytest.mark.core
 def test_compiled_autograd_runs_as_one_graph_and_gives_none() -> None:
     """It traces hooks, and what a traced hook did read the memory of tensors that were gone."""
     torch.manual_seed(0)

@@ -316,7 +316,7 @@ def counter(fresh_dynamo: None) -> Any:
 
 @pytest.mark.parametrize("when", ["before", "inside"])
 @pytest.mark.parametrize("how", ["as a whole", "by block"])
-@pytest.mark.parametrize("layers", ["all", Outer])
+@pytest.mark.parametrize("layers", [Outer, pytest.param("all", marks=pytest.mark.slow)])
 def test_compiling_while_paused_is_compiling_once(counter: Any, how: str, when: str, layers: Any) -> None:
     wrapped = noesis.wrap(small(), layers=layers)
 

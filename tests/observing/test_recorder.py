@@ -165,7 +165,7 @@ def test_calls_between_forwards_belong_to_the_next_step():
 @pytest.mark.slow
 def test_same_input_twice_gives_bitwise_the_same_rows():
     wrapped = noesis.wrap(small(), layers="all", per_sample=True)
-    x = batches(1, 3000)[0]
+    x = batches(1, 1000)[0]
     wrapped(x)
     first = wrapped.trace()
     wrapped.reset()
@@ -413,6 +413,7 @@ def test_the_totals_are_those_of_all_steps_whatever_the_ring_holds():
         assert trace.steps.tolist() == list(range(max(0, 150 - capacity), 150))
 
 
+@pytest.mark.slow
 def test_adding_steps_to_the_totals_takes_little_memory():
     model = nn.Sequential(*[nn.Identity() for _ in range(300)])
     wrapped = noesis.wrap(model, layers="all", per_sample=8, capacity=70)

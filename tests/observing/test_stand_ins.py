@@ -411,6 +411,7 @@ def test_surprise_of_what_a_part_computed_alone() -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.slow
 def test_an_inner_model_that_is_compiled() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:

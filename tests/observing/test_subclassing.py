@@ -84,6 +84,8 @@ def test_a_class_is_made_once_and_outlives_a_wrap() -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.slow
+@pytest.mark.core
 def test_compiled_code_is_used_again_after_unwrapping_and_wrapping() -> None:
     counter = CompileCounter()
     model = local_class()()

@@ -92,7 +92,7 @@ def test_inference_mode_and_empty_batches_leave_no_trap() -> None:
     assert wrapped.trace().timesteps[-1] == 4
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_compiled_code_knows_the_steps(backend: str) -> None:
     wrapped = noesis.wrap(Denoiser(), layers="linear")
     compiled = torch.compile(wrapped.observed_model, backend=backend, fullgraph=True)

@@ -286,7 +286,9 @@ def test_which_cells_are_not_finite_can_be_said() -> None:
         plots.heat_map(np.ones((2, 5)), ["a", "b"], range(5), title="t", nonfinite=marks.T)
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (40, 60), pytest.param((400, 2000), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "shape", [(3, 4), *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((40, 60), (400, 2000)))]
+)
 def test_one_cell_that_is_not_finite_is_seen_at_any_size(shape: tuple[int, int]) -> None:
     marks = np.zeros(shape, dtype=bool)
     marks[2, 3] = True
@@ -612,6 +614,7 @@ def test_bad_sets() -> None:
 # ---------------------------------------------------------------- no global state
 
 
+@pytest.mark.slow
 def test_pyplot_is_not_imported(tmp_path: Path) -> None:
     code = (
         "import sys, numpy as np, matplotlib\n"

@@ -326,6 +326,7 @@ def test_the_text_shows_what_matters():
     assert len(text.splitlines()) == 13
 
 
+@pytest.mark.slow
 def test_many_layers_take_no_longer_each():
     """A file from a stranger may name very many."""
     count = 40_000

@@ -358,6 +358,7 @@ def test_plot_marks_what_was_left_out_of_either_run() -> None:
         assert [line.get_xdata()[0] for line in axes.lines] == [0.5]
 
 
+@pytest.mark.slow
 def test_plot_of_many_tokens_equal_runs_and_other_formats(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     hidden = acts_of(x=torch.randn(1, 2000, 4))

@@ -563,12 +563,13 @@ def test_generated_words_are_judged_as_alone(name: str) -> None:
 
 
 LATER = ("t5", "TransformerEncoder", "llama, added by query", "wav2vec2")
-COMPILED = ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in LATER)]
+COMPILED = ["llama", *LATER]
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.filterwarnings("ignore:.*Dynamo detected a call to a:UserWarning")  # transformers' own
 @pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.slow
 def test_compiled_models_use_the_same_masks(name: str) -> None:
     case = CASES[name]
     make = case.inputs(Drawn.of(CALIBRATED + JUDGED))

@@ -762,6 +762,7 @@ def test_an_average_of_the_model_has_scores_of_its_own(wrapped: noesis.Wrapped, 
     assert list(averaged.module.state_dict()) == list(net.state_dict())
 
 
+@pytest.mark.slow
 def test_compiled_code_keeps_the_same_vectors(wrapped: noesis.Wrapped, net: Net) -> None:
     torch.compiler.reset()
     frames = torch._dynamo.utils.counters["stats"]

@@ -135,6 +135,8 @@ def test_the_channels_are_found(shape: str) -> None:
 
 
 DISTRIBUTED = """
+import sys
+sys.modules["numba"] = None  # each rank would compile for seconds
 import copy, torch, torch.distributed as dist, noesis
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel

@@ -277,6 +277,7 @@ def test_constant_and_sparse_gradients_are_not_dead() -> None:
     assert alarms.check() == []
 
 
+@pytest.mark.slow
 def test_alarms_do_not_depend_on_how_often_they_are_checked() -> None:
     found = []
     for every in (1, 7, 64):

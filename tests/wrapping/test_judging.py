@@ -238,6 +238,7 @@ def served(data: Path) -> tuple[noesis.Wrapped, list[torch.Tensor]]:
     return wrapped, batches
 
 
+@pytest.mark.slow
 def test_threads_that_share_a_model_get_the_scores_of_their_own_calls(
     served: tuple[noesis.Wrapped, list[torch.Tensor]],
 ) -> None:
