@@ -67,8 +67,11 @@ def install(folder: Path, torch: str | None, python: str) -> Path:
 def tried(interpreter: Path, arguments: list[str]) -> tuple[str, int]:
     """A row of the table, and pytest's exit status."""
     began = time.monotonic()
-    command = [str(interpreter), "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider"]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # uv compiles nothing: each process would compile torch
+    asked = [str(interpreter), "-c", VERSIONS]
+    named = subprocess.run(asked, env=environment, capture_output=True, text=True, check=True).stdout
+    command = [str(interpreter), "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider"]
     done = subprocess.Popen(
         [*command, "-m", "core", *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
     )
@@ -78,7 +81,6 @@ def tried(interpreter: Path, arguments: list[str]) -> tuple[str, int]:
         last = line.strip() or last
     status = done.wait()
     said = re.sub(r" in [\d.]+s.*", "", last.strip("= "))
-    named = subprocess.run([str(interpreter), "-c", VERSIONS], capture_output=True, text=True, check=True).stdout
     return f"{named}| {said} | {time.monotonic() - began:.0f} s |", status
 
 
