@@ -5,20 +5,30 @@ from .checks import Check
 from .coders import SparseCoder
 from .contributing import contributions
 from .contributions import Contribution, Contributions
+from .direction_found import Cost, Direction
+from .directions import direction
 from .edit_files import Edits
 from .editing import Editing, editing
 from .edits import Add, Custom, Edit, Noise, Project, Scale, When, Zero
 from .effects import Effect, Effects
+from .head_scores import HeadScore, HeadScores
+from .heads import heads
 from .identifying import Block
+from .importance import Importance, importance
 from .lens import Lens, Prediction
 from .lenses import logit_lens
 from .metrics import Metric, answer_probability, kl, logit_difference
+from .neuron_examples import Example, Neurons
+from .neurons import neurons
 from .patching import patch
+from .probe_scores import Probe
+from .probes import probe
 from .replacements import Freeze, Mean, Patch, Resample
 from .running import Run, run
 from .sites import Site
 from .splicing import CoderQuality, Splice, coder_quality
 from .tuned_lens import TunedLens
+from .untrained import untrained
 
 __all__ = [
     "Add",
@@ -28,19 +38,27 @@ __all__ = [
     "CoderQuality",
     "Contribution",
     "Contributions",
+    "Cost",
     "Custom",
+    "Direction",
     "Edit",
     "Editing",
     "Edits",
     "Effect",
     "Effects",
+    "Example",
     "Freeze",
+    "HeadScore",
+    "HeadScores",
+    "Importance",
     "Lens",
     "Mean",
     "Metric",
+    "Neurons",
     "Noise",
     "Patch",
     "Prediction",
+    "Probe",
     "Project",
     "Resample",
     "Run",
@@ -55,10 +73,16 @@ __all__ = [
     "answer_probability",
     "coder_quality",
     "contributions",
+    "direction",
     "editing",
+    "heads",
+    "importance",
     "kl",
     "logit_difference",
     "logit_lens",
+    "neurons",
     "patch",
+    "probe",
     "run",
+    "untrained",
 ]

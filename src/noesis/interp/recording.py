@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import BadType
 from ..internals import Attend, around_attention
 from ..layers import hidden_state, is_leaf, named_layers, unmeasurable
 from .attention import Attention, attention_of
@@ -54,6 +55,23 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+def listed(given: Any, name: str) -> list[Any]:
+    """Inputs one by one, of a list of them or of one.
+
+    Raises:
+        NoesisError: (a TypeError) for texts, and for what is neither.
+    """
+    every = list(given) if isinstance(given, Iterable) and not isinstance(given, (Tensor, Mapping, str)) else [given]
+    if not every or not all(isinstance(each, (Tensor, Mapping)) for each in every):
+        kind = type(every[0] if every else given).__name__
+        raise BadType(
+            f"{name} has a {kind}",
+            "what the model is called with: tensors, or arguments by name",
+            "Pass [tokenizer(text, return_tensors='pt') for text in texts]",
+        )
+    return every
 
 
 def spare(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from .batches import Batch, batch_of
 from .denoisers import DENOISER, denoisers_of
-from .kinds import is_attention, is_leaf, is_linear, named_layers
+from .kinds import is_attention, is_conv, is_leaf, is_linear, named_layers
 from .masks import MaskArgument, counting, has_positions, is_flat, mask_arguments, mask_within, parameters_of
 from .outputs import emittable, hidden_state, is_number, measurable, part_emitted, unmeasurable
 from .parts import Part, parts_of
@@ -29,6 +29,7 @@ __all__ = [
     "hidden_index",
     "hidden_state",
     "is_attention",
+    "is_conv",
     "is_flat",
     "is_leaf",
     "is_linear",

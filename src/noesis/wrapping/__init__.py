@@ -1,7 +1,7 @@
 """The container: wrap, Wrapped, capture, RunState, Alarms."""
 
 from .alarms import Alarm, AlarmRaised, Alarms
-from .calibration_loop import evaluating
+from .calibration_loop import evaluating, moved_to
 from .capturing import Keeping, capture, each_output
 from .run_state import RunState
 from .unwrapping import unwrap, unwrapped
@@ -18,6 +18,7 @@ __all__ = [
     "capture",
     "each_output",
     "evaluating",
+    "moved_to",
     "resolve",
     "unwrap",
     "unwrapped",
