@@ -82,12 +82,14 @@ def test_what_is_found_is_true_of_other_inputs(name: str) -> None:
     }
     layers = [number for number, block in enumerate(found.blocks) if {"attn", "mlp"}.isdisjoint(block.refused)]
     keep = [f"{part}.{layer}" for layer in layers for part in ("resid_pre", "resid_post", "attn", "mlp")]
-    additive = 0 if name in ("bert", "granite") else 2 if name == "t5" else len(found.blocks)
+    keep += [f"cross_attn.{layer}" for layer in layers if found.blocks[layer].cross is not None]
+    additive = 0 if name in ("bert", "granite") else len(found.blocks)
     assert layers == list(range(additive))
     run = interp.run(model, other, keep=keep, anatomy=found)
     for layer in layers:
         pre, post = run["resid_pre", layer], run["resid_post", layer]
         total = pre + run["attn", layer].reshape(pre.shape) + run["mlp", layer].reshape(pre.shape)
+        total = total + run["cross_attn", layer] if found.blocks[layer].cross is not None else total
         assert (total - post).abs().max() <= 2e-6 * post.abs().max()
         assert run["attn", layer].abs().max() > 1e-4
         assert run["mlp", layer].abs().max() > 1e-5
@@ -122,18 +124,49 @@ def test_a_block_that_does_not_add_up_is_refused_and_the_rest_works(name: str) -
     assert interp.run(model, inputs(name), keep=["z.0", "pattern.1", "resid_post"], anatomy=found).fired
 
 
-def test_a_block_that_attends_twice() -> None:
-    found = interp.anatomy(family("t5"), **inputs("t5"))
-    decoder = found.blocks[2:]
-    assert all("attends 2 times" in block.refused[site] for block in decoder for site in ("attn", "z", "pattern"))
-    run = interp.run(family("t5"), inputs("t5"), keep=["resid_mid.2-3", "mlp.2-3", "resid_post.2-3"], anatomy=found)
-    for layer in (2, 3):
-        assert torch.allclose(run["resid_mid", layer] + run["mlp", layer], run["resid_post", layer], atol=1e-5)
+def test_a_block_that_attends_three_times_has_no_heads() -> None:
+    class Third(Handmade):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + self.second(self.norm(x)) + self.third(self.norm(x)))
+
+    model = Stack(1.0, nn.Linear(16, 16)).eval()
+    for block in model.h:
+        block.__class__, block.second, block.third = Third, Attention(), Attention()
+    found = interp.anatomy(model, torch.arange(8)[None])
+    assert all("attends 3 times" in block.refused[site] for block in found.blocks for site in ("z", "pattern", "attn"))
 
 
-def test_experts_have_no_neurons() -> None:
-    found = interp.anatomy(family("mixtral"), **inputs("mixtral"))
+@pytest.mark.parametrize("name", ["mixtral", "gptoss"])
+def test_experts_in_one_parameter_have_no_neurons(name: str) -> None:
+    found = interp.anatomy(family(name), **inputs(name))
     assert all(list(block.refused) == ["neurons"] for block in found.blocks)
+    assert "experts in parameters of three dimensions (mlp.experts.gate_up_proj, mlp.experts.down_proj" in repr(found)
+
+
+class Experts(nn.Module):
+    """A mixture of experts that are modules: each token goes to one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 3)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 16)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, chosen = torch.zeros_like(x), self.gate(x).argmax(-1)
+        for number, expert in enumerate(self.experts):
+            where = chosen == number
+            out[where] = expert(x[where])
+        return out
+
+
+def test_experts_that_are_modules_have_no_neurons_of_tokens_but_are_kept_by_name() -> None:
+    model, ids = Stack(1.0, Experts()).eval(), torch.arange(8)[None]
+    model.h[1].mlp = Experts()
+    found = interp.anatomy(model, ids)
+    assert all(list(block.refused) == ["neurons"] for block in found.blocks)
+    assert "each is given the tokens of its own route (mlp.experts.0.0, mlp.experts.0.2)" in repr(found)
+    run = interp.run(model, ids, keep=["h.0.mlp.experts.0.1"], anatomy=found)
+    assert run["h.0.mlp.experts.0.1"].shape[1] == 8
 
 
 class Attention(nn.Module):
@@ -183,12 +216,35 @@ def test_a_model_of_no_library() -> None:
     found = interp.anatomy(model, ids)
     assert [(block.attn, block.mid) for block in found.blocks] == [("h.0.attn", "h.0.norm2"), ("h.1.attn", "h.1.norm2")]
     assert (found.norm, found.unembed) == ("norm", "head")
-    assert all("interface" in block.refused[site] for block in found.blocks for site in ("q", "z", "pattern", "result"))
+    assert all(not block.refused and block.implementation == "torch sdpa" for block in found.blocks)
     # The two blocks share their mlp; what is kept of each is what it did there.
     run = interp.run(model, ids, keep=["mlp", "resid_mid", "resid_post"], anatomy=found)
     assert run.fired["mlp.0"] == run.fired["mlp.1"] == 1
     for layer in range(2):
         assert torch.allclose(run["resid_mid", layer] + run["mlp", layer], run["resid_post", layer], atol=1e-6)
+
+
+class LinearAttention(nn.Module):
+    """Attention without a softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        z = q.softmax(-1) @ (k.softmax(-2).transpose(-2, -1) @ v)
+        return self.out(z.transpose(1, 2).flatten(2))
+
+
+def test_attention_in_no_way_that_is_known_has_no_heads() -> None:
+    model = Stack(1.0, nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))).eval()
+    for block in model.h:
+        block.attn = LinearAttention()
+    found = interp.anatomy(model, torch.arange(8)[None])
+    for block in found.blocks:
+        assert (block.attn, block.mid) == (f"{block.name}.attn", f"{block.name}.norm2")
+        assert set(block.refused) == {"q", "k", "v", "z", "pattern", "result"}
 
 
 def test_a_model_that_takes_another_way_than_in_its_anatomy_is_noticed() -> None:

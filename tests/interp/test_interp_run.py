@@ -329,17 +329,23 @@ def test_attention_of_an_unknown_name_has_heads_and_no_pattern() -> None:
         del registry["mine"]
 
 
-def test_without_the_interface_heads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A transformers that has renamed it: the rest of the anatomy stands."""
+def test_without_the_interface_heads_are_seen_by_the_functions_that_attention_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A transformers that has renamed it."""
     model = build("llama")
+    by_interface = interp.run(model, prompts(), keep=["q", "v", "z", "pattern"])
     monkeypatch.delattr(transformers.modeling_utils, "ALL_ATTENTION_FUNCTIONS")
     found = interp.anatomy(model, prompts())
-    assert all("interface" in block.refused["z"] and block.mlp and block.mid for block in found.blocks)
+    assert all(block.implementation == "torch sdpa" and not block.refused for block in found.blocks)
+    run = interp.run(model, prompts(), keep=["q", "v", "z", "pattern"], anatomy=found)
+    assert torch.equal(run.logits, by_interface.logits)
+    assert all(torch.allclose(run[site], by_interface[site], atol=1e-6) for site in ("q.1", "z.1", "pattern.1"))
 
 
 @pytest.mark.parametrize("instead", [None, 7], ids=["missing", "other"])
 @pytest.mark.parametrize("name", ["ALL_ATTENTION_FUNCTIONS", "get_interface"])
-def test_without_the_attention_interface_heads_are_refused(
+def test_without_these_names_attention_is_seen_by_functions(
     monkeypatch: pytest.MonkeyPatch, name: str, instead: Any
 ) -> None:
     """What a transformers without these names does: `internals.attention` asks for them."""
@@ -355,11 +361,9 @@ def test_without_the_attention_interface_heads_are_refused(
     model, given = family("llama"), inputs("llama")
     found = interp.anatomy(model, **given)
     assert name in asked
-    assert all({"q", "k", "v", "z", "pattern", "result"} <= set(block.refused) for block in found.blocks)
-    with pytest.raises(noesis.NoesisError, match="does not go through transformers' attention interface"):
-        interp.run(model, given, keep="pattern.0")
+    assert all(not block.refused and block.implementation == "torch sdpa" for block in found.blocks)
     with torch.no_grad():
         expected = model(**given).logits
-    run = interp.run(model, given, keep=["resid_post.0", "mlp.0"])
+    run = interp.run(model, given, keep=["resid_post.0", "mlp.0", "pattern.0"])
     assert torch.equal(run.logits, expected)
     assert set(run.fired.values()) == {1}

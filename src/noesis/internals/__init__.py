@@ -6,6 +6,7 @@ What has to hold for a name is checked where it is looked up; `tests/internals` 
 """
 
 from .attention import Attend, around_attention
+from .attention_functions import SOFTMAX, TORCH_SDPA, AttentionFunctions, Unfused, fusing
 from .autograd import node_count, node_number, picklable_hook, recomputing
 from .calls import CALL, CALL_IMPL, called_as_any
 from .compiling import (
@@ -33,7 +34,11 @@ __all__ = [
     "CALL",
     "CALL_IMPL",
     "LISTENERS",
+    "SOFTMAX",
+    "TORCH_SDPA",
     "Attend",
+    "AttentionFunctions",
+    "Unfused",
     "around_attention",
     "call_undisturbed",
     "called_as_any",
@@ -45,6 +50,7 @@ __all__ = [
     "disturbed",
     "drop_kept",
     "foreign",
+    "fusing",
     "inlined",
     "inside",
     "keep",

@@ -22,9 +22,9 @@ from ..wrapping import Wrapped, resolve
 from .aside import aside
 from .attention import PATTERN
 from .checks import Check, check_equal, same
-from .identifying import BLOCK, HEADS, Block, identify
+from .identifying import BLOCK, HEADS, Block, Core, identify
 from .recording import BlockRun, Call, Recorded, record, spare
-from .sites import LAYERED
+from .sites import CROSS, LAYERED
 
 LOGITS = "logits = unembedding(final norm(last resid_post))"
 
@@ -67,13 +67,15 @@ class Anatomy:
     def __repr__(self) -> str:
         refused = _grouped(self)
         works = [name for name in LAYERED if any(name not in block.refused for block in self.blocks)]
+        crossing = [block for block in self.blocks if block.cross is not None]
+        works += [name for name in CROSS if any(name not in block.refused for block in crossing)]
         works += [name for name in ("embed", "logits") if name not in self.refused]
         ends = {"embed": self.embed, "final norm": self.norm, "unembedding": self.unembed}
         lines = [
             f"Anatomy of {self.model}: {len(self.blocks)} blocks, verified by one run",
             table(
                 ["", "block", "attention", "heads", "out", "mlp", "neurons", "post-norms", "sum", "by head", "p v = z"],
-                [_row(number, block) for number, block in enumerate(self.blocks)],
+                [row for number, block in enumerate(self.blocks) for row in _rows(number, block)],
             ),
             ", ".join(f"{what} {plain(name or '-')}" for what, name in ends.items()),
             *(f"{check.identity}: {_error(check)}" for check in self.checks),
@@ -270,13 +272,22 @@ def _norms(call: Call) -> bool:
 # ---------------------------------------------------------------- print
 
 
-def _row(number: int, block: Block) -> list[str]:
-    heads = f"{block.heads}/{block.kv_heads} x {block.width}" if block.heads else "-"
-    inner = [_short(name, block) for name in (block.out, block.mlp, block.down)]
+def _rows(number: int, block: Block) -> list[list[str]]:
+    inner = [_short(name, block) for name in (block.mlp, block.down)]
     norms = ", ".join(_short(name, block) for name in block.post_norms) or "-"
-    attends = _short(block.attention, block) + (f" ({block.implementation})" if block.implementation else "")
-    errors = [_error(block.check(identity)) for identity in (BLOCK, HEADS, PATTERN)]
-    return [str(number), block.name, attends, heads, *inner, norms, *errors]
+    attends, heads, out, *errors = _attends(block, block, "")
+    row = [str(number), block.name, attends, heads, out, *inner, norms, _error(block.check(BLOCK)), *errors]
+    if block.cross is None:
+        return [row]
+    attends, heads, out, *errors = _attends(block.cross, block, "cross_")
+    return [row, ["", "", attends, heads, out, "", "", "", "", *errors]]
+
+
+def _attends(core: Core, block: Block, prefix: str) -> list[str]:
+    heads = f"{core.heads}/{core.kv_heads} x {core.width or core.value_width}" if core.heads else "-"
+    attends = _short(core.attention, block) + (f" ({core.implementation})" if core.implementation else "")
+    errors = [_error(block.check(f"{prefix}{identity}")) for identity in (HEADS, PATTERN)]
+    return [attends, heads, _short(core.out, block), *errors]
 
 
 def _short(name: str | None, block: Block) -> str:

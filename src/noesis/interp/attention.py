@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..internals import SOFTMAX, TORCH_SDPA
 from ..layers import hidden_state
 from .checks import Check, check_equal
 
@@ -16,30 +17,37 @@ PATTERN = "p v = z"
 class Attention(NamedTuple):
     """What one call of attention was given, and what came out of it before the output projection."""
 
-    q: Tensor  # [batch, heads, queries, width], after rotary embeddings and norms of queries
-    k: Tensor  # [batch, kv heads, keys, width]
+    q: Tensor | None  # [batch, heads, queries, width], after rotary embeddings and norms of queries
+    k: Tensor | None  # [batch, kv heads, keys, width]; None where it is not told what went into a softmax
     v: Tensor  # [batch, kv heads, keys, value width]
     z: Tensor  # [batch, queries, heads, value width]
     implementation: str
-    causal: bool
-    scaling: float | None
-    softcap: float | None
-    mask: Any
-    bias: Tensor | None
-    sinks: Tensor | None
-
-    def component(self, name: str) -> Tensor:
-        """`q`, `k`, `v` or `z` as it is kept: `[batch, tokens, heads, width]`."""
-        tensor: Tensor = getattr(self, name)
-        return tensor if name == "z" else tensor.transpose(1, 2)
+    causal: bool = False
+    scaling: float | None = None
+    softcap: float | None = None
+    mask: Any = None
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
+    pattern: Tensor | None = None  # [batch, heads, queries, keys], where the model itself made it
+    by_shapes: bool = False  # batch and heads were one dimension, and only shapes tell them apart
 
 
 def attention_of(module: Any, given: dict[str, Any], implementation: str, result: Any) -> Attention | str:
-    """Read a call of transformers' attention interface; or why its shapes say nothing of heads."""
-    tensors = [given.get("query"), given.get("key"), given.get("value"), hidden_state(result)]
+    """Read a call of attention by the names of transformers' interface; or why its shapes say nothing of heads."""
+    names = ("pattern", "value") if implementation == SOFTMAX else ("query", "key", "value")
+    tensors = [*(given.get(name) for name in names), hidden_state(result)]
     found = [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim() == 4]
     if len(found) < len(tensors):
-        return "its queries, keys, values and output are not all of four dimensions"
+        what = "pattern" if implementation == SOFTMAX else "queries, keys"
+        return f"its {what}, values and output are not all of four dimensions"
+    by_shapes = bool(given.get("by_shapes", False))
+    if implementation == SOFTMAX:
+        p, v, z = found
+        fits = p.shape[1] % v.shape[1] == 0 and p.shape[3] == v.shape[2]
+        if not fits or z.shape != (p.shape[0], p.shape[2], p.shape[1], v.shape[3]):
+            return f"its pattern, values and output of shapes {_shapes(p, v, z)} are not those of heads"
+        q, k = given.get("query"), given.get("key")
+        return Attention(q, k, v, z, implementation, pattern=p, by_shapes=by_shapes)
     q, k, v, z = found
     fits = (
         q.shape[1] % k.shape[1] == 0
@@ -48,8 +56,7 @@ def attention_of(module: Any, given: dict[str, Any], implementation: str, result
         and z.shape == (q.shape[0], q.shape[2], q.shape[1], v.shape[3])
     )
     if not fits:
-        shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in (q, k, v, z))
-        return f"its queries, keys, values and output of shapes {shapes} are not those of heads"
+        return f"its queries, keys, values and output of shapes {_shapes(q, k, v, z)} are not those of heads"
     causal = given.get("is_causal")
     return Attention(
         q=q,
@@ -63,7 +70,12 @@ def attention_of(module: Any, given: dict[str, Any], implementation: str, result
         mask=given.get("attention_mask"),
         bias=given.get("position_bias"),
         sinks=given.get("s_aux"),
+        by_shapes=by_shapes,
     )
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join("x".join(map(str, tensor.shape)) for tensor in tensors)
 
 
 class Pattern(NamedTuple):
@@ -91,9 +103,13 @@ def pattern_of(call: Attention) -> Pattern | str:
 def unverified_pattern(call: Attention) -> Tensor | str:
     """The same without the check, which compiled code cannot decide by: softmax(cap(scale q k^T) + bias + mask).
 
-    Sinks are one more key, which is dropped after the softmax.
+    Sinks are one more key, which is dropped after the softmax. Where the model itself made the pattern, it is that one.
     """
-    if call.implementation not in ("sdpa", "eager"):
+    if call.pattern is not None:
+        return call.pattern.float()
+    assert call.q is not None
+    assert call.k is not None
+    if call.implementation not in ("sdpa", "eager", TORCH_SDPA):
         return f"the masks of attention by {call.implementation!r} are its own (sdpa and eager are known)"
     if call.mask is not None and not (isinstance(call.mask, Tensor) and call.mask.dim() == 4):
         return "its mask is no tensor of four dimensions"
@@ -109,7 +125,7 @@ def unverified_pattern(call: Attention) -> Tensor | str:
     if call.mask is not None:
         mask = call.mask[..., :length]
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
-    elif call.implementation == "sdpa" and call.causal and queries > 1:  # as torch does it: from the upper left
+    elif _is_causal(call, queries):  # as torch does it: from the upper left
         scores = scores + _causal(queries, length, scores.device)
     if call.sinks is not None:
         sinks = call.sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
@@ -120,9 +136,15 @@ def unverified_pattern(call: Attention) -> Tensor | str:
     return pattern
 
 
+def _is_causal(call: Attention, queries: int) -> bool:
+    if call.implementation == "sdpa":  # with one query, transformers says nothing to torch
+        return call.causal and queries > 1
+    return call.implementation == TORCH_SDPA and call.causal
+
+
 def _values(call: Attention) -> Tensor:
     """The values in float32, one for each head of the queries."""
-    return _each_head(call.v, call.q.shape[1] // call.k.shape[1])
+    return _each_head(call.v, call.z.shape[2] // call.v.shape[1])
 
 
 def _each_head(tensor: Tensor, group: int) -> Tensor:

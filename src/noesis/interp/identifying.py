@@ -11,36 +11,53 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..internals import SOFTMAX, TORCH_SDPA
 from ..layers import is_attention, is_leaf, is_linear
-from .attention import pattern_of
+from .attention import PATTERN, Attention, pattern_of
 from .checks import Check, check_equal, check_sum, same
 from .recording import BlockRun, Call
-from .sites import HEADED
+from .sites import CROSS, HEADED
 
 #: More sums of candidates than this are not tried.
 MOST_SUMS = 4096
 BLOCK, HEADS = "block = input + attention + mlp", "sum over heads = attention output"
+UNSEEN = (
+    "its attention goes neither through transformers' attention interface nor through functions of torch that are known"
+)
+BY_SHAPES = "batch and heads are one dimension, which only shapes tell apart"
 
 
 @dataclass
-class Block:
-    """What one block is made of, by dotted names, and what was verified. None where nothing was found."""
+class Core:
+    """One attention of a block, by dotted names. None where nothing was found."""
 
-    name: str
+    name: str  # of the block
     attention: str | None = None  # the module that attends
     implementation: str = ""
     heads: int = 0
     kv_heads: int = 0
-    width: int = 0  # of a head's queries and keys
+    width: int = 0  # of a head's queries and keys; 0 where they are not told
     value_width: int = 0
     out: str | None = None  # the output projection, whose input is z, bit for bit
     attn: str | None = None  # whose output is added to the residual stream
+
+
+@dataclass
+class Block(Core):
+    """What one block is made of, and what was verified: its attention, that of its own tokens where it has two."""
+
+    cross: Core | None = None  # its second attention, which looks at other tokens
+    added: tuple[str, ...] = ()  # what is added to the stream before the mlp, in order: `attn` of one attention or two
     mlp: str | None = None  # likewise
-    mid: str | None = None  # whose input is the residual stream between the two
+    mid: str | None = None  # whose input is the residual stream between attention and mlp
     down: str | None = None  # the mlp's down projection, whose input are the neurons
     post_norms: tuple[str, ...] = ()  # between a part and the sum
     checks: list[Check] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)  # component -> why
+
+    def core(self, component: str) -> Core:
+        """The attention that a component is of."""
+        return self.cross if component in CROSS and self.cross is not None else self
 
     def check(self, identity: str) -> Check | None:
         """The check of an identity, if there was something to check."""
@@ -65,7 +82,8 @@ def identify(run: BlockRun) -> Block:
 
 
 def _refuse(block: Block, why: str, *components: str) -> Block:
-    for component in components or ("resid_mid", "attn", "mlp", "neurons"):
+    cross = ["cross_attn"] if block.cross is not None else []
+    for component in components or ("resid_mid", "attn", *cross, "mlp", "neurons"):
         block.refused.setdefault(component, why)
     return block
 
@@ -80,44 +98,105 @@ def _named_attention(run: BlockRun) -> list[str]:
 
 
 def _heads(block: Block, run: BlockRun, cores: list[str]) -> None:
-    block.attention = cores[0] if len(cores) == 1 else None
+    if len(cores) == 1:
+        block.attention = cores[0]
     if not run.attention:
-        why = (
-            "its attention does not go through transformers' attention interface" if cores else "no attention was seen"
-        )
-        _refuse(block, why, *HEADED)
+        _refuse(block, UNSEEN if cores else "no attention was seen", *HEADED)
         return
-    if len(run.attention) > 1:
-        _refuse(block, f"the block attends {len(run.attention)} times", *HEADED)
+    order = _own_and_cross(run, cores)
+    if isinstance(order, str):
+        _refuse(block, order, *HEADED)
         return
-    call = run.attention[0][2]
+    for place in order:
+        name, _, call = run.attention[place]
+        core: Core = block
+        if place != order[0]:
+            core = block.cross = Core(block.name)
+        core.attention = name
+        _core(block, core, run, call)
+
+
+def _own_and_cross(run: BlockRun, cores: list[str]) -> list[int] | str:
+    """The attention of the block's own tokens, and where there is another, that of others; or why they are not told."""
+    count = len(run.attention)
+    if count == 1:
+        return [0]
+    if count > 2 or len(cores) != count or any(_within(a, b) for a, b in itertools.permutations(cores, 2)):
+        where = f" in {len(cores)} module{'s' * (len(cores) > 1)}" if len(cores) != count else ""
+        return f"the block attends {count} times{where}"
+    calls = [call for _, _, call in run.attention]
+    if len({call.implementation in (TORCH_SDPA, SOFTMAX) for call in calls if isinstance(call, Attention)}) > 1:
+        return f"the block attends {count} times, by an interface and by functions of torch"
+    marks = [[run.elsewhere.get(name, False) for name in cores]]
+    marks.append([isinstance(call, Attention) and call.k is not None and _others(call) for call in calls])
+    for mark in marks:
+        if sum(mark) == 1:
+            return [mark.index(False), mark.index(True)]
+    return "the block attends twice, and nothing tells which attention looks at other tokens than its own"
+
+
+def _others(call: Attention) -> bool:
+    """Whether there are other keys than queries."""
+    return call.z.shape[1] != call.v.shape[2]
+
+
+def _core(block: Block, core: Core, run: BlockRun, call: Attention | str) -> None:
+    """The heads of one attention."""
+    prefix = "" if core is block else "cross_"
+
+    def refuse(why: str, *components: str) -> None:
+        _refuse(block, why, *(f"{prefix}{component}" for component in components))
+
     if isinstance(call, str):
-        _refuse(block, call, *HEADED)
+        refuse(call, *HEADED)
         return
-    block.implementation = call.implementation
-    block.heads, block.width = call.q.shape[1], call.q.shape[3]
-    block.kv_heads, block.value_width = call.k.shape[1], call.v.shape[3]
+    core.implementation = call.implementation
+    core.heads, core.kv_heads, core.value_width = call.z.shape[2], call.v.shape[1], call.v.shape[3]
+    core.width = 0 if call.q is None else call.q.shape[3]
+    if call.q is None:
+        refuse("what goes into its softmax is not one product of queries and keys", "q", "k")
     pattern = pattern_of(call)
     if isinstance(pattern, str):
-        _refuse(block, pattern, "pattern")
+        refuse(pattern, "pattern")
     else:
-        block.checks.append(pattern.check)
+        block.checks.append(pattern.check._replace(identity=f"{prefix}{PATTERN}"))
+    found = _projection(core, run, call)
+    if isinstance(found, str):
+        refuse(found, "result")
+    else:
+        block.checks.append(found._replace(identity=f"{prefix}{HEADS}"))
+        if not found.holds:
+            refuse(f"{HEADS} does not hold", "result")
+    if core.out is None and call.by_shapes:
+        refuse(f"{BY_SHAPES}, and {found}", *HEADED)
+    if core.out is None and call.pattern is not None and not _of_tokens(call, run):
+        refuse("its softmax weighs something else than tokens", *HEADED)
+
+
+def _of_tokens(call: Attention, run: BlockRun) -> bool:
+    """Whether there are as many queries as the block is given tokens, or an image points."""
+    given = run.call.given
+    if given is None or given.dim() < 3:
+        return False
+    return call.z.shape[0] * call.z.shape[1] in (given.numel() // given.shape[-1], given.numel() // given.shape[1])
+
+
+def _projection(core: Core, run: BlockRun, call: Attention) -> Check | str:
+    """The module that reads z, by what it makes of each head; or why there is none."""
     reading = [inner for inner in _once(run) if is_leaf(inner.module) and same(inner.given, call.z)]
     reading = [inner for inner in reading if not same(inner.output, call.z)]  # such as dropout
     if len(reading) > 1:
         names = ", ".join(inner.name.removeprefix(f"{run.name}.") for inner in reading)
-        _refuse(block, f"several modules read z: {names}", "result")
-        return
+        return f"several modules read z: {names}"
     projection = next(iter(reading), None)
     if projection is None or projection.output is None or projection.given is None:
-        _refuse(block, "no module's input is z, bit for bit, so there is no output projection to go by", "result")
-        return
-    block.out = projection.name
-    each, nothing = results(projection.module, call.z, projection.given.shape)
-    check = check_equal(HEADS, projection.output, each.float().sum(2) + nothing.float())
-    block.checks.append(check)
-    if not check.holds:
-        _refuse(block, f"{HEADS} does not hold", "result")
+        return "no module's input is z, bit for bit, so there is no output projection to go by"
+    try:
+        each, nothing = results(projection.module, call.z, projection.given.shape)
+    except Exception as error:  # of a stranger's forward, which may want more than its input
+        return f"{projection.name} cannot be asked for one head at a time: {type(error).__name__}: {error}"
+    core.out = projection.name
+    return check_equal(HEADS, projection.output, each.float().sum(2) + nothing.float())
 
 
 def results(projection: nn.Module, z: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -188,14 +267,22 @@ def _sum(block: Block, run: BlockRun, cores: list[str]) -> None:
         return
     block.checks.append(check)
     attention, mlp = parts[: len(cores)], next(iter(parts[len(cores) :]), None)
-    if len(cores) == 1:
-        block.attn = attention[0].name
-    else:
-        _refuse(block, f"the block attends {len(cores)} times", "attn")
+    _added(block, cores, attention, order)
     _mid(block, run, x, attention, mlp)
     _mlp(block, run, mlp)
     changed = [call for call in parts if _changes(call) and not any(_within(call.name, core) for core in cores)]
     block.post_norms = tuple(call.name for call in changed)
+
+
+def _added(block: Block, cores: Sequence[str], attention: Sequence[Call], order: dict[int, int]) -> None:
+    """What each attention adds, by the modules whose outputs they are."""
+    if len(cores) > 1 and block.cross is None:
+        _refuse(block, f"the block attends {len(cores)} times", "attn")
+        return
+    for name, call in zip(cores, attention, strict=True):
+        core = block.cross if block.cross is not None and block.cross.attention == name else block
+        core.attn = call.name
+    block.added = tuple(call.name for call in sorted(attention, key=lambda call: order[id(call)]))
 
 
 def _mid(block: Block, run: BlockRun, x: Tensor, attention: Sequence[Call], mlp: Call | None) -> None:
@@ -225,7 +312,33 @@ def _mlp(block: Block, run: BlockRun, mlp: Call | None) -> None:
                 block.down = call.name
                 return
             target = call.given
-    _refuse(block, "what the mlp returns is not the output of one linear layer, as in a mixture of experts", "neurons")
+    _refuse(block, _why_no_neurons(run, mlp), "neurons")
+
+
+def _why_no_neurons(run: BlockRun, mlp: Call) -> str:
+    """Why the input of no one linear layer is the neurons of all tokens; most often, experts share the tokens."""
+    start = len(run.name) + 1
+    called = {call.name: call.module for call in run.inside}
+    batched = [
+        f"{name}.{key}"[start:]
+        for name, module in called.items()
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))
+    ]
+    if batched:
+        few = ", ".join(batched[:2])
+        return f"the mlp has experts in parameters of three dimensions ({few}), whose neurons pass no module"
+    rows = _rows(mlp.output)
+    linear = [call for call in run.inside if is_linear(call.module)]
+    routed = [call.name[start:] for call in linear if _rows(call.output) not in (0, rows)]
+    if routed:
+        few = ", ".join(routed[:2])
+        return f"the mlp has experts, and each is given the tokens of its own route ({few}): keep these by name"
+    return "what the mlp returns is not the output of one linear layer"
+
+
+def _rows(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or not tensor.numel() else tensor.numel() // tensor.shape[-1]
 
 
 def _attention_outputs(run: BlockRun, core: str, x: Tensor) -> list[Call]:

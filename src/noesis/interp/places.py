@@ -15,7 +15,7 @@ from ..layers import hidden_state
 from .anatomy import Anatomy
 from .identifying import Block
 from .recording import hidden_input
-from .sites import HEADED, MODULE, WHOLE, Asked, Site, has_module, numbers
+from .sites import CROSS, HEADED, MODULE, WHOLE, Asked, Site, has_module, kind_of, numbers
 
 BEFORE, AFTER, ATTENTION = "before", "after", "attention"
 
@@ -60,11 +60,17 @@ def _expanded(asked: Asked, anatomy: Anatomy | None) -> list[Site]:
     found = []
     for layer in numbers(asked.layers, len(anatomy.blocks), "layer", asked):
         block = anatomy.blocks[layer]
+        if asked.component in CROSS and block.cross is None:
+            if asked.layers == "*" and any(other.cross for other in anatomy.blocks):
+                continue  # in an encoder, which has none
+            why = block.refused.get(kind_of(asked.component), "the block has no second attention")
+            raise _refused(asked, f"{asked.component}.{layer}", why)
         if asked.component in block.refused:
             raise _refused(asked, f"{asked.component}.{layer}", block.refused[asked.component])
         heads: Sequence[int | None] = [None]
         if asked.heads:
-            count = block.kv_heads if asked.component in ("k", "v") else block.heads
+            core = block.core(asked.component)
+            count = core.kv_heads if kind_of(asked.component) in ("k", "v") else core.heads
             heads = numbers(asked.heads, count, "head", asked)
         found += [Site(asked.component, layer, head, position) for head in heads for position in asked.positions]
     return found
@@ -96,18 +102,19 @@ def place_of(site: Site, anatomy: Anatomy | None) -> Place:
         return Place(str(anatomy.embed), AFTER)
     assert site.layer is not None
     block: Block = anatomy.blocks[site.layer]
-    if site.component == "result":
-        return Place(str(block.out), AFTER)
-    if site.component in HEADED:
-        return Place(str(block.attention), ATTENTION)
+    core = block.core(site.component)
+    if site.kind == "result":
+        return Place(str(core.out), AFTER)
+    if site.kind in HEADED:
+        return Place(str(core.attention), ATTENTION)
     name, side = {
         "resid_pre": (block.name, BEFORE),
         "resid_mid": (block.mid, BEFORE),
         "resid_post": (block.name, AFTER),
-        "attn": (block.attn, AFTER),
+        "attn": (core.attn, AFTER),
         "mlp": (block.mlp, AFTER),
         "neurons": (block.down, BEFORE),
-    }[site.component]
+    }[site.kind]
     return Place(str(name), side)
 
 
@@ -123,13 +130,13 @@ def change_of(site: Site, anatomy: Anatomy | None) -> Place:
     assert anatomy is not None
     assert site.layer is not None
     block = anatomy.blocks[site.layer]
-    if block.attn is None:
+    if not block.added:
         raise BadValue(
             f"{site} is to be changed, and what attention adds there is not known: {block.refused.get('attn')}",
             "a site that can be changed",
             f"Change resid_pre.{site.layer}, or mlp.{site.layer}",
         )
-    return Place(block.attn, AFTER)
+    return Place(block.added[-1], AFTER)
 
 
 # ---------------------------------------------------------------- parts of a tensor
@@ -159,7 +166,7 @@ def with_part(site: Site, whole: Tensor, part: Tensor) -> Tensor:
 def narrowed(value: Tensor, wider: Site, site: Site) -> Tensor:
     """The part of a site, of what was kept of one that holds it."""
     if site.position is not None and wider.position is None:
-        axis = token_axis(site) - (site.component == "pattern" and wider.head is not None)
+        axis = token_axis(site) - (site.kind == "pattern" and wider.head is not None)
         check_position(site, value, site.position)
         value = value.select(axis, site.position)
     if site.head is not None and wider.head is None:
@@ -169,12 +176,12 @@ def narrowed(value: Tensor, wider: Site, site: Site) -> Tensor:
 
 def _head_axis(site: Site) -> int:
     """The dimension of the heads, once the position is taken."""
-    return 1 if site.component == "pattern" else 2 - (site.position is not None)
+    return 1 if site.kind == "pattern" else 2 - (site.position is not None)
 
 
 def token_axis(site: Site) -> int:
     """The dimension of the tokens: of a pattern, that of the queries."""
-    return 2 if site.component == "pattern" else 1
+    return 2 if site.kind == "pattern" else 1
 
 
 def check_position(site: Site, whole: Tensor, position: int) -> None:

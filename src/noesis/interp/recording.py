@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadType
-from ..internals import Attend, around_attention
+from ..internals import Attend, AttentionFunctions, around_attention
 from ..layers import hidden_state, is_leaf, named_layers, unmeasurable
 from .attention import Attention, attention_of
 
@@ -33,6 +33,7 @@ class BlockRun(NamedTuple):
     call: Call
     inside: list[Call]
     attention: list[tuple[str, nn.Module, Attention | str]]  # name of the module
+    elsewhere: dict[str, bool]  # by name of such a module: whether it was given other tokens beside the hidden state
 
 
 class Recorded(NamedTuple):
@@ -99,51 +100,95 @@ def record(
         ended: called with each run of a block.
         also: modules to see beside those in blocks and those without children.
     """
-    names = {module: name for name, module in root.named_modules()}
-    thread = threading.get_ident()
-    stack: list[tuple[nn.Module, Tensor | None]] = []
-    around: list[Call] = []
-    inside: list[Call] = []
-    attention: list[tuple[str, nn.Module, Attention | str]] = []
-    open_blocks: list[str] = []
-
-    def begins(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if threading.get_ident() != thread:
-            return
-        stack.append((module, _copy(hidden_input(args, kwargs))))
-        if names[module] in blocks:
-            open_blocks.append(names[module])
-
-    def ends(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-        if threading.get_ident() != thread:
-            return
-        name, (_, given) = names[module], stack.pop()
-        call = Call(name, module, given, _copy(hidden_state(output)))
-        if name in blocks:
-            open_blocks.pop()
-            done = BlockRun(name, call, list(inside), list(attention))
-            inside.clear()
-            attention.clear()
-            ended(done)
-        else:
-            (inside if open_blocks else around).append(call)
-
-    def attends(module: nn.Module, given: dict[str, Any], implementation: str, run: Attend) -> Any:
-        result = run(given)
-        if open_blocks and module in names and threading.get_ident() == thread:
-            attention.append((names[module], module, attention_of(module, given, implementation, result)))
-        return result
-
+    recording = _Recording(root, blocks, ended)
     within = {inner for block in blocks.values() for inner in block.modules()}
     layers = {module for _, module in named_layers(root)}  # a LoRA layer is one, whatever is in it
     watched = {layer for layer in layers if layer in within or is_leaf(layer)} | set(also)
     with ExitStack() as leaving, torch.no_grad():
         for module in watched - {root}:
-            leaving.callback(module.register_forward_pre_hook(begins, with_kwargs=True).remove)
-            leaving.callback(module.register_forward_hook(ends, with_kwargs=True).remove)
-        leaving.enter_context(around_attention(attends))
+            leaving.callback(module.register_forward_pre_hook(recording.begins, with_kwargs=True).remove)
+            leaving.callback(module.register_forward_hook(recording.ends, with_kwargs=True).remove)
+        leaving.enter_context(around_attention(recording.attends))
+        leaving.enter_context(AttentionFunctions(recording.attends_by_functions, recording.running))
         output = call()
-    return Recorded(output, around)
+    return Recorded(output, recording.around)
+
+
+class _Recording:
+    """What happens in one run, in the thread that began it."""
+
+    def __init__(self, root: nn.Module, blocks: Mapping[str, nn.Module], ended: Callable[[BlockRun], None]) -> None:
+        self.names = {module: name for name, module in root.named_modules()}
+        self.blocks, self.ended, self.thread = blocks, ended, threading.get_ident()
+        self.around: list[Call] = []
+        self._stack: list[tuple[nn.Module, Tensor | None]] = []  # modules that run, and what they were given
+        self._inside: list[Call] = []
+        self._attention: list[tuple[str, nn.Module, Attention | str]] = []
+        self._elsewhere: set[str] = set()  # modules that were given other tokens beside the hidden state
+        self._open: list[str] = []  # blocks that run
+        self._by_interface = 0  # calls of it that go on
+
+    def begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A module is called."""
+        if threading.get_ident() != self.thread:
+            return
+        given = hidden_input(args, kwargs)
+        self._stack.append((module, _copy(given)))
+        if _other_tokens(given, (*args, *kwargs.values())):
+            self._elsewhere.add(self.names[module])
+        if self.names[module] in self.blocks:
+            self._open.append(self.names[module])
+
+    def ends(self, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        """A module returns."""
+        if threading.get_ident() != self.thread:
+            return
+        name, (_, given) = self.names[module], self._stack.pop()
+        call = Call(name, module, given, _copy(hidden_state(output)))
+        if name not in self.blocks:
+            (self._inside if self._open else self.around).append(call)
+            return
+        self._open.pop()
+        elsewhere = {attending: attending in self._elsewhere for attending, _, _ in self._attention}
+        done = BlockRun(name, call, self._inside, self._attention, elsewhere)
+        self._inside, self._attention, self._elsewhere = [], [], set()
+        self.ended(done)
+
+    def attends(self, module: nn.Module, given: dict[str, Any], implementation: str, run: Attend) -> Any:
+        """A module attends by the interface."""
+        if threading.get_ident() != self.thread:
+            return run(given)
+        self._by_interface += 1
+        try:
+            result = run(given)
+        finally:
+            self._by_interface -= 1
+        self._attended(module, given, implementation, result)
+        return result
+
+    def attends_by_functions(self, module: nn.Module, given: dict[str, Any], implementation: str, run: Attend) -> Any:
+        """A module attends by functions of torch, which may be how the interface does it."""
+        result = run(given)
+        if not self._by_interface:
+            self._attended(module, given, implementation, result)
+        return result
+
+    def _attended(self, module: nn.Module, given: dict[str, Any], implementation: str, result: Any) -> None:
+        if self._open and module in self.names:
+            call = attention_of(module, given, implementation, result)
+            self._attention.append((self.names[module], module, call))
+
+    def running(self) -> tuple[nn.Module | None, Tensor | None]:
+        """The innermost module that runs."""
+        return self._stack[-1] if self._stack else (None, None)
+
+
+def _other_tokens(given: Tensor | None, arguments: Iterable[Any]) -> bool:
+    """Whether a module is called with another tensor of three dimensions, as tokens have, than its hidden state."""
+    if given is None or given.dim() != 3:
+        return False
+    others = [each for each in arguments if isinstance(each, Tensor) and each.is_floating_point() and each.dim() == 3]
+    return any(each is not given and (each.shape != given.shape or not torch.equal(each, given)) for each in others)
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:

@@ -13,11 +13,12 @@ from torch import Tensor
 from ..errors import BadValue, WrongState
 from ..layers import hidden_index, hidden_state, parameters_of, unmeasurable
 from .anatomy import Anatomy, anatomy_of, called_and_root
+from .attending import Visitor
 from .checks import same
 from .places import BEFORE, Place, check_anatomy, with_hidden_state
 from .recording import arguments, spare
 from .sites import Site
-from .visiting import Visiting, Visitor
+from .visiting import Visiting
 
 
 class Replay:

@@ -120,6 +120,7 @@ def run(
     | `q`, `k`, `v`, `z` | `[batch, tokens, heads, width]`; `q`, `k` after rotary embeddings; `k`, `v` of kv heads |
     | `pattern` | `[batch, heads, queries, keys]` in float32, recomputed from q and k, checked by p v = z |
     | `result` | `[batch, tokens, heads, width]`, z_h W_O of each head; without the bias, before a post-norm |
+    | `cross_q`, ... `cross_attn` | the same of a block's second attention, which looks at tokens of an encoder |
     | `embed`, `logits` | what the embedding returns, and the model |
 
     A site is `component.layer.head@position`: `z.3.2@-1`; without a head, all heads, without a position, all; `0-3`

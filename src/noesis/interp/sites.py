@@ -18,6 +18,8 @@ LAYERED = (
 )
 WHOLE = ("embed", "logits")
 HEADED = ("q", "k", "v", "z", "pattern", "result")
+#: Of the second attention of a block that has two, which looks at other tokens: the same with this in front.
+CROSS = tuple(f"cross_{name}" for name in (*HEADED, "attn"))
 MODULE = "module"
 
 _NUMBERS = r"\*|\d+(?:-\d+)?"
@@ -35,6 +37,9 @@ TRANSFORMER_LENS = {
     "hook_mlp_out": "mlp",
     "mlp.hook_post": "neurons",
     **{f"attn.hook_{name}": name for name in HEADED},
+    **{f"cross_attn.hook_{name}": f"cross_{name}" for name in HEADED},
+    "hook_cross_attn_out": "cross_attn",
+    "hook_resid_mid_cross": "resid_mid",
 }
 
 
@@ -53,10 +58,20 @@ class Site(NamedTuple):
     position: int | None = None  # along the tokens; from the end where negative
     module: str = ""  # its dotted name
 
+    @property
+    def kind(self) -> str:
+        """The component, whichever attention of its block it is of."""
+        return kind_of(self.component)
+
     def __str__(self) -> str:
         numbers = "".join(f".{number}" for number in (self.layer, self.head) if number is not None)
         name = f"{MODULE}:{self.module}" if self.component == MODULE else self.component
         return f"{name}{numbers}" + ("" if self.position is None else f"@{self.position}")
+
+
+def kind_of(component: str) -> str:
+    """A component, whichever attention of its block it is of: `z` of `cross_z`."""
+    return component.removeprefix("cross_") if component in CROSS else component
 
 
 class Asked(NamedTuple):
@@ -112,11 +127,11 @@ def _read(item: str | Site, root: nn.Module | None, asker: str) -> Asked:
         layers = f".{other['layers']}" if other["layers"] else ""
         name = f"{component}{layers}{other['position'] or ''}"
     match = _SITE.fullmatch(name)
-    if match is not None and match["component"] in (*LAYERED, *WHOLE):
+    if match is not None and match["component"] in (*LAYERED, *CROSS, *WHOLE):
         component = match["component"]
         if component in WHOLE and (match["layers"] or match["heads"]):
             raise BadValue(f"{asker} has {text!r}", f"{component!r} alone: it is of no layer", f"Write {component!r}")
-        if component not in HEADED and match["heads"]:
+        if kind_of(component) not in HEADED and match["heads"]:
             raise BadValue(f"{asker} has {text!r}, a head", f"heads of {', '.join(HEADED)}", f"{component!r} has none")
         heads, positions = match["heads"] or "", _positions(text, match["positions"], asker)
         return Asked(text, component, match["layers"] or "*", heads, positions)
@@ -139,11 +154,11 @@ def unknown(text: str, root: nn.Module | None, asker: str) -> BadValue:
     """The error for a name that is nothing here."""
     head = re.split(r"[.@]", text)[0]
     modules = [name for name, _ in root.named_modules() if name] if root is not None else []
-    near = difflib.get_close_matches(head, [*LAYERED, *WHOLE], n=2, cutoff=0.6)
+    near = difflib.get_close_matches(head, [*LAYERED, *CROSS, *WHOLE], n=2, cutoff=0.6)
     near += difflib.get_close_matches(text, [*modules, *(f"blocks.0.{name}" for name in TRANSFORMER_LENS)], n=3)
     return BadValue(
         f"{asker} has {text!r}, which is neither a site nor a module of this model",
-        f"component.layer[.head][@position] with one of {', '.join((*LAYERED, *WHOLE))}, or a dotted module name",
+        f"component.layer[.head][@position] with one of {', '.join((*LAYERED, *CROSS, *WHOLE))}, or a module's name",
         f"Did you mean {', '.join(map(repr, near))}?"
         if near
         else "print(interp.anatomy(model, ...)) lists what there is",

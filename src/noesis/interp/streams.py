@@ -238,13 +238,16 @@ class _Reader:
 
         parts, why = [], block.refused.get("attn", "")
         if block.attn is not None and not why:
-            attn = Part(f"attn.{layer}", rows(called(block.attn).output))
-            parts.append(attn)
-            if self.by == "head":
-                attn.why = block.refused.get("result", "")
-                if not attn.why and block.out is not None:
-                    names = [f"result.{layer}.{head}" for head in range(block.heads)]
-                    _split(attn, called(block.out), called(block.attn).module, rows, names)
+            for core, which in ((block, ""), (block.cross, "cross_")):
+                if core is None or core.attn is None:
+                    continue
+                attn = Part(f"{which}attn.{layer}", rows(called(core.attn).output))
+                parts.append(attn)
+                if self.by == "head":
+                    attn.why = block.refused.get(f"{which}result", "")
+                    if not attn.why and core.out is not None:
+                        names = [f"{which}result.{layer}.{head}" for head in range(core.heads)]
+                        _split(attn, called(core.out), called(core.attn).module, rows, names)
             if block.mlp is not None:
                 mlp = Part(f"mlp.{layer}", rows(called(block.mlp).output))
                 parts.append(mlp)

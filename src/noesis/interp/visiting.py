@@ -9,39 +9,39 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from ..errors import BadType, WrongState
-from ..internals import Attend, around_attention, compiled, passed_over, register_block
+from ..errors import BadType
+from ..internals import (
+    SOFTMAX,
+    TORCH_SDPA,
+    Attend,
+    AttentionFunctions,
+    Unfused,
+    around_attention,
+    compiled,
+    fusing,
+    passed_over,
+    register_block,
+)
 from ..layers import hidden_index, hidden_state
 from ..observing import Generated, change_beneath, make_subclass, original_class, subclass_of
 from .anatomy import Anatomy, is_compiled, logits_of
 from .aside import aside, is_aside
-from .attention import Attention, attention_of, pattern_of, unverified_pattern, with_pattern
-from .identifying import results
+from .attending import Guest, Runs, Visitor, attend, seen_by
+from .identifying import Core, results
 from .places import AFTER, ATTENTION, BEFORE, Place, with_hidden_input, with_hidden_state
 from .recording import hidden_input
 from .sites import Site
 
 STOPS = "_noesis_stops"
 STATE = 2  # its place in what `__reduce_ex__` gives
-
-
-class Visitor(Protocol):
-    """Whoever looks at what passes a site."""
-
-    @property
-    def site(self) -> Site:
-        """Where."""
-
-    def visit(self, whole: Tensor) -> Tensor | None:
-        """See the component's tensor, of all heads and tokens; return what is to stand in its place, if anything."""
 
 
 class Visited(Generated):
@@ -65,7 +65,17 @@ class Visited(Generated):
             for stop in stops:
                 begun.append(stop)
                 args, kwargs = stop.begin(args, kwargs)
-            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            attending = [stop for stop in stops if stop.by_functions and (stop.attention or stop.gives)]
+            if attending:
+                around = functools.partial(attend, attending)
+                running = functools.partial(_running, self, hidden_input(args, kwargs))
+                with AttentionFunctions(around, running):
+                    output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            elif [stop for stop in stops if stop.unfused]:
+                with Unfused():
+                    output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            else:
+                output = super().__call__(*args, **kwargs)  # type: ignore[misc]
             for stop in stops:
                 output = stop.end(self, args, kwargs, output)
         finally:
@@ -118,30 +128,24 @@ def _is_visited(cls: type) -> bool:
     return issubclass(cls, Visited) and cls is subclass_of(original_class(cls), Visited.slot)
 
 
-class Guest(NamedTuple):
-    """A visitor, and the block within which it is to see a module that several blocks share."""
-
-    visitor: Visitor
-    block: Stop | None
-
-    def expected(self) -> bool:
-        """Whether it is its turn."""
-        return self.block is None or self.block.running() is not None
-
-
 class Stop:
     """What one visiting does at one module."""
 
     def __init__(self, visiting: Visiting, module: nn.Module) -> None:
         self.visiting, self.module = visiting, module
+        # Of the hidden state in what the module returns: known beforehand where compiled code may ask, or when needed.
+        self.index = hidden_index(module) if visiting.thread is None else None
         self.before: list[Guest] = []
         self.after: list[Guest] = []
         self.attention: list[Guest] = []
+        self.by_functions = False  # whether the module attends by functions of torch, not by an interface
+        self.unfused = False  # whether what is in the module is to run as modules
         self.instead: Callable[[], Any] | None = None  # of running the module
         self.generation: Callable[[], AbstractContextManager[None]] | None = None  # around `generate`
         self.begins: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None  # called with its arguments
         self.ends: Callable[[Any], None] | None = None  # and with what it returns
-        self.gives: list[Stop] = []  # blocks that want to know how the module attended
+        self.gives: list[tuple[Runs, str]] = []  # blocks that want to know how the module attended, and by what name
+        self.adds: list[Stop] = []  # blocks that want to know what the module adds before their last attention
         self.runs: int | None = None  # of a block, counted
         self.open: dict[int, dict[str, Any]] | None = None  # of a block: thread -> what its call has left so far
 
@@ -153,7 +157,7 @@ class Stop:
             self.runs += 1
         given = hidden_input(args, kwargs) if self.before or self.open is not None else None
         if given is not None and self.before:
-            new = _seen_by(self.before, given)
+            new = seen_by(self.before, given)
             if new is not given:
                 args, kwargs = with_hidden_input(args, kwargs, new)
                 given = new
@@ -168,6 +172,10 @@ class Stop:
         for guest in self.after:
             if guest.expected():
                 output = self._seen(guest.visitor, module, args, kwargs, output)
+        for block in self.adds:
+            left = block.running()
+            if left is not None:
+                left["added"] = self._hidden(output)
         return output
 
     def leave(self) -> None:
@@ -181,8 +189,7 @@ class Stop:
 
     def _seen(self, visitor: Visitor, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         component = visitor.site.component
-        index = hidden_index(self.module) if isinstance(output, (tuple, list)) else None
-        old = logits_of(output) if component == "logits" else hidden_state(output, index)
+        old = logits_of(output) if component == "logits" else self._hidden(output)
         if old is None:
             return output
         if component == "result":
@@ -193,9 +200,14 @@ class Stop:
             new = visitor.visit(old)
         return output if new is None or new is old else with_hidden_state(output, old, new)
 
+    def _hidden(self, output: Any) -> Tensor | None:
+        if self.visiting.thread is not None and isinstance(output, (tuple, list)):
+            return hidden_state(output, hidden_index(self.module))
+        return hidden_state(output, self.index)
+
     def _of_heads(self, visitor: Visitor, module: Any, given: Tensor | None, old: Tensor) -> Tensor | None:
         """What each head writes is found by asking the projection once per head."""
-        heads = self._left(visitor.site, "heads")
+        heads = self._left(visitor.site, visitor.site.component)
         if heads is None or given is None:
             return None
         if "results" not in heads:
@@ -215,7 +227,9 @@ class Stop:
         given = self._left(visitor.site, "given")
         if given is None:
             return None
-        mid = given + attn.reshape(given.shape)
+        added = self._left(visitor.site, "added")
+        before = given if added is None else given + added.reshape(given.shape)
+        mid = before + attn.reshape(given.shape)
         new = visitor.visit(mid)
         return None if new is None or new is mid else attn + (new - mid).reshape(attn.shape)
 
@@ -223,58 +237,8 @@ class Stop:
         return (self.visiting.blocks[site.layer].running() or {}).get(what)
 
 
-# ---------------------------------------------------------------- attention
-
-
-def attend(stops: Sequence[Stop], module: Any, given: dict[str, Any], implementation: str, run: Attend) -> Any:
-    """A module attends, at which there are stops."""
-    guests = [guest for stop in stops for guest in stop.attention if guest.expected()]
-
-    def of(component: str) -> list[Guest]:
-        return [guest for guest in guests if guest.visitor.site.component == component]
-
-    for component, argument in (("q", "query"), ("k", "key"), ("v", "value")):
-        visitors = of(component)
-        if visitors and isinstance(given.get(argument), Tensor):
-            heads = given[argument].transpose(1, 2)
-            new = _seen_by(visitors, heads)
-            if new is not heads:
-                given = {**given, argument: new.transpose(1, 2)}
-    result = run(given)
-    patterns, zs, gives = of("pattern"), of("z"), [block for stop in stops for block in stop.gives]
-    if not patterns and not zs and not gives:
-        return result
-    call = attention_of(module, given, implementation, result)
-    if isinstance(call, str):
-        site = guests[0].visitor.site if guests else "result"
-        raise WrongState(f"{site} cannot be read: {call}", "attention by heads", "Leave it out")
-    z = _seen_by(zs, _through_pattern(patterns, call) if patterns else call.z)
-    if z is not call.z:
-        result = with_hidden_state(result, call.z, z)
-        call = call._replace(z=z)
-    heads = {"call": call}  # one for all, so that those who keep see what others changed
-    for block in gives:
-        left = block.running()
-        if left is not None:
-            left["heads"] = heads
-    return result
-
-
-def _through_pattern(guests: Sequence[Guest], call: Attention) -> Tensor:
-    found = unverified_pattern(call) if is_dynamo_compiling() else pattern_of(call)
-    if isinstance(found, str):
-        raise WrongState(f"{guests[0].visitor.site} cannot be given: {found}", "a checked pattern", "Leave it out")
-    pattern = found if isinstance(found, Tensor) else found.tensor
-    new = _seen_by(guests, pattern)
-    return call.z if new is pattern else with_pattern(call, pattern, new)
-
-
-def _seen_by(guests: Iterable[Guest], whole: Tensor) -> Tensor:
-    """What is left of a tensor when each of the visitors has seen what the one before made of it."""
-    for guest in guests:
-        new = guest.visitor.visit(whole) if guest.expected() else None
-        whole = whole if new is None else new
-    return whole
+def _running(module: Any, hidden: Tensor | None) -> tuple[nn.Module, Tensor | None]:
+    return module, hidden
 
 
 def _thread() -> int:
@@ -304,8 +268,12 @@ class Visiting:
         self._modules: dict[str, nn.Module] = {"": root}  # those that were looked up
 
     def stop(self, name: str) -> Stop:
-        """What happens at a module, by its dotted name."""
-        return self.stop_of(self._module(name))
+        """What happens at a module, by its dotted name; those around it are to run it as a module."""
+        module = self._module(name)
+        if module not in self.stops:
+            for outer in fusing(self._holders(name)):
+                self.stop_of(outer).unfused = True
+        return self.stop_of(module)
 
     def _module(self, name: str) -> nn.Module:
         found = self._modules.get(name)
@@ -317,6 +285,11 @@ class Visiting:
             if self.thread is not None and compiled(found):  # what it keeps is kept in Python
                 raise is_compiled(self.root)
         return found
+
+    def _holders(self, name: str) -> list[nn.Module]:
+        """The modules that a module is in."""
+        parts = name.split(".")
+        return [self._module(".".join(parts[:end])) for end in range(len(parts) if name else 0)]
 
     def stop_of(self, module: nn.Module) -> Stop:
         """The same, of the module itself."""
@@ -340,13 +313,24 @@ class Visiting:
             block = self.block(site.layer)
         guests = {BEFORE: stop.before, AFTER: stop.after, ATTENTION: stop.attention}[place.side]
         guests.append(Guest(visitor, block))
-        if site.component == "result" or (site.component == "resid_mid" and place.side == AFTER):
-            assert site.layer is not None
-            assert self.anatomy is not None
-            block = self.block(site.layer)
-            if site.component == "result":
-                attention = self.stop(str(self.anatomy.blocks[site.layer].attention))
-                attention.gives += [] if block in attention.gives else [block]
+        if site.layer is None or self.anatomy is None:
+            return
+        of = self.anatomy.blocks[site.layer]
+        if place.side == ATTENTION:
+            self._attention(of.core(site.component))
+        elif site.kind == "result":
+            gives, asks = self._attention(of.core(site.component)).gives, (self.block(site.layer), site.component)
+            gives += [] if asks in gives else [asks]
+        elif site.component == "resid_mid" and place.side == AFTER:
+            asking = self.block(site.layer)
+            for name in of.added[:-1]:
+                self.stop(name).adds.append(asking)
+
+    def _attention(self, core: Core) -> Stop:
+        """What happens at a module that attends, in the way that it does."""
+        stop = self.stop(str(core.attention))
+        stop.by_functions = core.implementation in (TORCH_SDPA, SOFTMAX)
+        return stop
 
     def here(self) -> bool:
         """Whether a call that begins now is visited."""
@@ -362,14 +346,15 @@ class Visiting:
                 leaving.callback(self._attached.discard, module)
                 _arrive(module, stop)
                 leaving.callback(_depart, module, stop)
-        if not self._attends and any(stop.attention or stop.gives for stop in self.stops.values()):
+        asked = [stop for stop in self.stops.values() if stop.attention or stop.gives]
+        if not self._attends and not all(stop.by_functions for stop in asked):
             self._attends = True
             leaving.enter_context(around_attention(self._attend))
 
     def clear(self) -> None:
         """Send all visitors away; the stops stay."""
         for stop in self.stops.values():
-            stop.before, stop.after, stop.attention, stop.gives = [], [], [], []
+            stop.before, stop.after, stop.attention, stop.gives, stop.adds = [], [], [], [], []
 
     def _attend(self, module: nn.Module, given: dict[str, Any], implementation: str, run: Attend) -> Any:
         here = [stop for stop in module.__dict__.get(STOPS, ()) if stop.visiting.here()]
