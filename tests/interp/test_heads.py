@@ -278,8 +278,9 @@ def test_one_row_says_nothing_of_chance() -> None:
 def test_what_cannot_be_scored_says_why() -> None:
     with pytest.raises(ValueError, match="Pass inputs="):
         interp.heads(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).eval())
-    with pytest.raises(ValueError, match="no attention pattern of Falcon"):
-        interp.heads(family("falcon"))
+    config = transformers.MambaConfig(vocab_size=99, hidden_size=16, state_size=4, num_hidden_layers=2)
+    with pytest.raises(ValueError, match="no attention pattern of Mamba"):
+        interp.heads(transformers.MambaForCausalLM(config).eval())
     with pytest.raises(RuntimeError, match=r"model\.eval\(\)"):
         interp.heads(build("gpt2").train())
     with pytest.raises(ValueError, match="one of previous, duplicate"):
