@@ -167,6 +167,43 @@ def some_effects() -> interp.Effects:
     )
 
 
+def an_attribution() -> interp.Attribution:
+    made = some_effects()
+    return interp.Attribution(
+        made.sites,
+        made.clean,
+        made.corrupted,
+        made.patched,
+        "denoise",
+        "logit difference",
+        "attribution patching",
+        {"run": "one"},
+        steps=3,
+        checked=made.sites[:1],
+        tops=1,
+        exact=np.array([[1.0, np.nan]]),
+        convergence=0.25,
+    )
+
+
+def some_edges() -> interp.Edges:
+    made = an_attribution()
+    edges = [interp.Edge(made.sites[0], interp.Site(name, 2, 1)) for name in "qkv"]
+    return interp.Edges(
+        edges,
+        made.clean,
+        made.corrupted,
+        made.patched,
+        "noise",
+        "logit difference",
+        "edge attribution patching",
+        checked=made.checked,
+        tops=1,
+        exact=made.exact,
+        convergence=0.0,
+    )
+
+
 def inputs() -> torch.Tensor:
     return torch.sin(torch.arange(900.0)).reshape(300, 3)
 
@@ -202,6 +239,8 @@ def write_all() -> None:
         a_lens().save(FILES / f"lens.{suffix}")
         a_tuned_lens().save(FILES / f"tuned_lens.{suffix}")
         some_effects().save(FILES / f"effects.{suffix}")
+        an_attribution().save(FILES / f"attribution.{suffix}")
+        some_edges().save(FILES / f"edges.{suffix}")
     noesis.compare(trace.soulprint(3), trace.soulprint(5)).save(FILES / "comparison.json")
     Snapshot.of(trace).save(FILES / "snapshot.json")
     some_activations().save(FILES / "activations.safetensors")
@@ -331,3 +370,14 @@ def test_effects(suffix: str) -> None:
     found, expected = interp.Effects.load(FILES / f"effects.{suffix}"), some_effects()
     assert found.meta == expected.meta
     equal(expected, found)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "json"])
+def test_attributions(suffix: str) -> None:
+    for found, expected in (
+        (interp.Attribution.load(FILES / f"attribution.{suffix}"), an_attribution()),
+        (interp.Edges.load(FILES / f"edges.{suffix}"), some_edges()),
+    ):
+        assert found.meta == expected.meta
+        assert found.sites == expected.sites
+        equal(expected, found)

@@ -11,6 +11,7 @@ from .atomic import PathLike
 #: field that readers may do without changes no version.
 VERSIONS = {
     "activations": 1,
+    "attribution": 1,
     "calibration": 1,
     "codebooks": 1,
     "coder_quality": 1,
@@ -19,6 +20,7 @@ VERSIONS = {
     "direction": 1,
     "drift_monitor": 1,
     "edits": 1,
+    "edges": 1,
     "effects": 1,
     "fidelity": 1,
     "lens": 1,

@@ -1,12 +1,15 @@
 """Looking inside and intervening, by sites: what a model is made of, what its parts compute, and what they cause."""
 
 from .anatomy import Anatomy, anatomy
+from .attributing import attribute
+from .attribution import Attribution, Disagreement
 from .checks import Check
 from .coders import SparseCoder
 from .contributing import contributions
 from .contributions import Contribution, Contributions
 from .direction_found import Cost, Direction
 from .directions import direction
+from .edges import Edge, Edges
 from .edit_files import Edits
 from .editing import Editing, editing
 from .edits import Add, Custom, Edit, Noise, Project, Scale, When, Zero
@@ -33,6 +36,7 @@ from .untrained import untrained
 __all__ = [
     "Add",
     "Anatomy",
+    "Attribution",
     "Block",
     "Check",
     "CoderQuality",
@@ -41,6 +45,9 @@ __all__ = [
     "Cost",
     "Custom",
     "Direction",
+    "Disagreement",
+    "Edge",
+    "Edges",
     "Edit",
     "Editing",
     "Edits",
@@ -71,6 +78,7 @@ __all__ = [
     "Zero",
     "anatomy",
     "answer_probability",
+    "attribute",
     "coder_quality",
     "contributions",
     "direction",

@@ -149,9 +149,13 @@ class Effects(Saved, Tabular):
     @functools.cached_property
     def values(self) -> Floats:
         """The effects, float64 [cells, pairs]; NaN in pairs that do not count."""
+        return self.effects_of(self.patched)
+
+    def effects_of(self, metric: Floats) -> Floats:
+        """The effects of other changes of the same run, by what the metric became, both float64 `[changes, pairs]`."""
         other = self.clean if self.direction == "denoise" else self.corrupted
-        found = np.full(self.patched.shape, np.nan)
-        found[:, self.kept] = ((self.patched - self.base) / np.where(self.kept, other - self.base, 1.0))[:, self.kept]
+        found = np.full(metric.shape, np.nan)
+        found[:, self.kept] = ((metric - self.base) / np.where(self.kept, other - self.base, 1.0))[:, self.kept]
         return found
 
     @property
@@ -165,6 +169,13 @@ class Effects(Saved, Tabular):
         """The mean effect of each cell over its pairs, float64 [cells]; NaN without one."""
         with np.errstate(invalid="ignore"):
             found: Floats = np.where(np.isfinite(self.values), self.values, 0.0).sum(1) / self.counts
+        return found
+
+    @functools.cached_property
+    def magnitude(self) -> Floats:
+        """The mean size of each cell's effect, float64 [cells]: effects that cancel over pairs do not cancel in it."""
+        with np.errstate(invalid="ignore"):
+            found: Floats = np.where(np.isfinite(self.values), np.abs(self.values), 0.0).sum(1) / self.counts
         return found
 
     @functools.cached_property
@@ -195,7 +206,7 @@ class Effects(Saved, Tabular):
         return len(self.sites)
 
     def __getitem__(self, site: str | Site | tuple[str | int, ...]) -> Effect:
-        text = ".".join(map(str, site)) if isinstance(site, tuple) and not isinstance(site, Site) else str(site)
+        text = ".".join(map(str, site)) if type(site) is tuple else str(site)
         if text not in self._places:
             near = difflib.get_close_matches(text, self._places, n=3) or list(self._places)[:6]
             raise BadValue(f"{text!r} is no cell", f"one of the cells, such as {', '.join(near)}", "See .sites")
@@ -247,8 +258,9 @@ class Effects(Saved, Tabular):
     def __repr__(self) -> str:
         pairs = counted(int(self.kept.sum()), "pair")
         made = f"estimated by {plain(self.estimate)}, " if self.estimate else ""
+        what = f"{type(self).__name__} of {counted(len(self), 'cell')}"
         lines = [
-            f"Effects of {counted(len(self), 'cell')} on {plain(self.metric)}, {made}{self.direction}, {pairs}",
+            f"{what} on {plain(self.metric)}, {made}{self.direction}, {pairs}",
             f"mean metric: clean {self.clean[self.kept].mean():.4g}, corrupted {self.corrupted[self.kept].mean():.4g}",
         ]
         if self.dropped:
@@ -333,11 +345,28 @@ class Effects(Saved, Tabular):
 
     @classmethod
     def _from_arrays(cls, arrays: files.Arrays, header: dict[str, Any]) -> Effects:
-        sites = [_site(given) for given in list(header["sites"])]
-        clean, corrupted, patched = (np.asarray(arrays[name], np.float64) for name in cls.ARRAYS)
+        return cls(**cls._fields(arrays, header))
+
+    @classmethod
+    def _fields(cls, arrays: files.Arrays, header: dict[str, Any]) -> dict[str, Any]:
+        """What it is made of."""
+        sites = [cls._cell(given) for given in list(header["sites"])]
+        found = {name: np.asarray(arrays[name], np.float64) for name in cls.ARRAYS}
         direction, metric, estimate = list_of(str, [header[name] for name in ("direction", "metric", "estimate")])
-        patched = patched.reshape(len(sites), len(clean))
-        return cls(sites, clean, corrupted, patched, cast(Direction, direction), metric, estimate, dict(header["meta"]))
+        return {
+            **found,
+            "sites": sites,
+            "patched": found["patched"].reshape(len(sites), len(found["clean"])),
+            "direction": cast(Direction, direction),
+            "metric": metric,
+            "estimate": estimate,
+            "meta": dict(header["meta"]),
+        }
+
+    @classmethod
+    def _cell(cls, given: Any) -> Any:
+        """A cell from a file."""
+        return site_of(given)
 
     def _columns(self) -> dict[str, Cells]:
         return {
@@ -359,7 +388,7 @@ def _by_number(name: str | int) -> tuple[int, int | str]:
     return (0, name) if isinstance(name, int) else (1, name)
 
 
-def _site(given: Any) -> Site:
+def site_of(given: Any) -> Site:
     """A site from a file."""
     component, layer, head, position, module = given
     list_of(str, [component, module])

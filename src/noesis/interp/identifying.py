@@ -184,7 +184,8 @@ def _of_tokens(call: Attention, run: BlockRun) -> bool:
 def _projection(core: Core, run: BlockRun, call: Attention) -> Check | str:
     """The module that reads z, by what it makes of each head; or why there is none."""
     reading = [inner for inner in _once(run) if is_leaf(inner.module) and same(inner.given, call.z)]
-    reading = [inner for inner in reading if not same(inner.output, call.z)]  # such as dropout
+    # Dropout reads it, too, and changes nothing; nor does a linear layer, where z is nought.
+    reading = [inner for inner in reading if is_linear(inner.module) or not same(inner.output, call.z)]
     if len(reading) > 1:
         names = ", ".join(inner.name.removeprefix(f"{run.name}.") for inner in reading)
         return f"several modules read z: {names}"
@@ -347,10 +348,15 @@ def _attention_outputs(run: BlockRun, core: str, x: Tensor) -> list[Call]:
     chain: list[Call] = []
     for call in run.inside:
         begun = _within(call.name, core) or call.name in around
-        if begun or any(same(call.given, before.output) for before in chain):
+        # Zeros are what many a module is given, and tell nothing of whose they are.
+        if begun or any(same(call.given, before.output) and _some(before.output) for before in chain):
             chain.append(call)
     once = {id(call) for call in _once(run)}
     return [call for call in chain if _fits(call, x) and id(call) in once]
+
+
+def _some(tensor: Tensor | None) -> bool:
+    return tensor is not None and bool(tensor.any())
 
 
 def _ancestors(name: str) -> list[str]:

@@ -281,7 +281,7 @@ def last_positions(mask: Tensor) -> Tensor:
 
 
 def one_each(metric: Callable[[Any], Tensor], output: Any, batch: int) -> Tensor:
-    """What a metric says of each example, float64 `[batch]` on the CPU.
+    """What a metric says of each example, float64 `[batch]`.
 
     Raises:
         NoesisError: (a TypeError) for a metric that is none; (a ValueError) for one that gives a mean, or anything but
@@ -305,7 +305,7 @@ def one_each(metric: Callable[[Any], Tensor], output: Any, batch: int) -> Tensor
             f"one number per example, shape [{batch}]",
             "Leave out .mean() or .sum() over examples: effects are of each pair, with their spread",
         )
-    return value.detach().double().cpu()
+    return value.double()
 
 
 def name_of(metric: Any) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from ..errors import BadValue, NoesisWarning
 from ..numerics import Floats
 from ..wrapping import Wrapped, unwrapped
 from .anatomy import Anatomy, anatomy_of, called_and_root
+from .cells import AtPositions
 from .effects import Direction, Effects
 from .metrics import Metric, name_of
 from .pairs import paired
@@ -34,7 +35,7 @@ def patch(
     metric: Metric | Callable[[Tensor], Tensor],
     *,
     sites: str | Site | Iterable[str | Site] = "resid_post",
-    positions: Literal["each", "all"] | int | Sequence[int] = "each",
+    positions: AtPositions = "each",
     direction: Direction = "denoise",
     anatomy: Anatomy | None = None,
     batch: int = 32,
@@ -98,7 +99,7 @@ def patch(
     with unwrapped(model) if isinstance(model, Wrapped) else nullcontext(model) as bare:
         if anatomy is None:
             anatomy = anatomy_of(bare, few.args, few.kwargs)
-        cells = _cells(sites, root, anatomy)
+        cells = cells_of(sites, root, anatomy)
         resuming = Resuming(bare, few.with_arguments(looking.asking()), anatomy)
         if resuming.why_not:
             warnings.warn(f"each cell takes a whole forward: {resuming.why_not}", NoesisWarning, stacklevel=2)
@@ -109,12 +110,12 @@ def patch(
     _check_precision(rounding, np.abs(values - of_base))
     of_clean, of_corrupted = (values, of_base) if direction == "denoise" else (of_base, values)
     meta = {"model": type(root).__name__, "resumed": not resuming.why_not}
-    effects = Effects(sweep.cells, of_clean, of_corrupted, patched, direction, name_of(metric), meta=meta)
+    effects = Effects(sweep.cells.sites, of_clean, of_corrupted, patched, direction, name_of(metric), meta=meta)
     logger.debug("patched {} cells of {} pairs", len(effects), one.count)
     return effects
 
 
-def _cells(sites: str | Site | Iterable[str | Site], root: nn.Module, anatomy: Anatomy) -> list[Site]:
+def cells_of(sites: str | Site | Iterable[str | Site], root: nn.Module, anatomy: Anatomy) -> list[Site]:
     """Where to patch: each head by itself."""
     asked = read(sites, root, "sites")
     found = expanded(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ from ..errors import BadValue, WrongState
 from ..layers import hidden_state, parameters_of
 from ..numerics import Floats
 from .anatomy import Anatomy, called_and_root, logits_of
+from .cells import AtPositions, Cells, by_row, whole_of, wholes_of
 from .metrics import Metric, one_each
 from .pairs import Inputs
-from .places import Place, change_of, check_position, part_of, token_axis
+from .places import Place, change_of, part_of
 from .recording import spare
 from .replaying import Replay
 from .running import run
@@ -66,6 +67,11 @@ class Looking:
 
     def values(self, output: Any) -> Floats:
         """The metric of several batches in one, float64 `[batches, pairs]`."""
+        found: Floats = self.scores(output).detach().cpu().numpy()
+        return found
+
+    def scores(self, output: Any) -> Tensor:
+        """The same as a tensor, by which it can be differentiated."""
         logits = logits_of(output)
         return self._of(output, 1) if logits is None else self._of(logits, logits.shape[0] // self.count)
 
@@ -80,18 +86,18 @@ class Looking:
         found: Floats = np.abs(self.values(moved) - self.values(logits.float()))[0]
         return found
 
-    def _of(self, logits: Any, times: int) -> Floats:
+    def _of(self, logits: Any, times: int) -> Tensor:
         if not isinstance(self.metric, Metric):
             batches = [logits] if times == 1 else logits.split(self.count)
-            return np.stack([one_each(self.metric, each, self.count).numpy() for each in batches])
+            return torch.stack([one_each(self.metric, each, self.count) for each in batches])
         metric = self.metric if times == 1 else self.metric.of(torch.arange(self.count).repeat(times))
         if self.places is not None and logits.dim() == 3:
             kept = self.places.unique()
             if logits.shape[1] == len(kept):
-                at = torch.searchsorted(kept, self.places).repeat(times).to(logits.device)
+                at = torch.searchsorted(kept, self.places.contiguous()).repeat(times).to(logits.device)
                 logits = logits[torch.arange(len(logits), device=logits.device), at]
-                return one_each(metric.score, logits, len(logits)).reshape(times, -1).numpy()
-        return one_each(metric, logits, times * self.count).reshape(times, -1).numpy()
+                return one_each(metric.score, logits, len(logits)).reshape(times, -1)
+        return one_each(metric, logits, times * self.count).reshape(times, -1)
 
 
 class Resuming:
@@ -144,36 +150,20 @@ class Sweep:
         source: Inputs,
         looking: Looking,
         sites: Sequence[Site],
-        positions: Literal["each", "all"] | int | Sequence[int],
+        positions: AtPositions,
     ) -> None:
         self.model, self.anatomy, self.looking, self.inputs = model, anatomy, looking, base
-        self.wholes = list(dict.fromkeys(_whole(site) for site in sites))
         asking = looking.asking()
+        wholes = wholes_of(sites)
         runs = [
-            run(model, each.with_arguments(asking).given(), keep=self.wholes, anatomy=anatomy, max_bytes=NO_LIMIT)
+            run(model, each.with_arguments(asking).given(), keep=wholes, anatomy=anatomy, max_bytes=NO_LIMIT)
             for each in (base, source)
         ]
-        self.held, self.put = ({site: _by_row(r[site], base.count, site) for site in self.wholes} for r in runs)
+        held, put = ({site: each[site] for site in wholes} for each in runs)
+        self.cells = Cells(sites, positions, held, put, base)
         self.one_by_one = logits_of(runs[0].output) is None  # only a function of one's own knows what that holds
         self.rounding = looking.rounding(runs[0].output)
         self.source_values = looking.values(runs[1].output)[0]
-        self.cells = [cell for site in sites for cell in _at_positions(site, self.put[_whole(site)], positions)]
-        self.changed = torch.stack([self._changed(cell) for cell in self.cells])
-
-    def _changed(self, cell: Site) -> Tensor:
-        """In which pairs a cell holds something else in the other run, bool `[pairs]`."""
-        held, put = (part_of(cell, each[_whole(cell)]) for each in (self.held, self.put))
-        return (held != put).flatten(1).any(1)
-
-    def missing(self) -> Tensor:
-        """Which cells are at padding, bool `[cells, pairs]`."""
-        seen = self.inputs.seen()
-        found = torch.zeros_like(self.changed)
-        for at, cell in enumerate(self.cells):
-            whole = self.put[_whole(cell)]
-            if seen is not None and cell.position is not None and whole.shape[token_axis(cell)] == seen.shape[1]:
-                found[at] = ~seen[:, cell.position].cpu()
-        return found
 
     def run(self, rows: int, resuming: Resuming) -> tuple[Floats, Floats]:
         """The metric of the base run `[pairs]`, and of each cell `[cells, pairs]`.
@@ -183,22 +173,22 @@ class Sweep:
             resuming: where forwards can be taken up.
         """
         groups: dict[int | None, list[int]] = {}
-        for at in self.changed.any(1).nonzero().flatten().tolist():  # the others change nothing
-            groups.setdefault(self._start(self.cells[at], resuming), []).append(at)
+        for at in self.cells.changed.any(1).nonzero().flatten().tolist():  # the others change nothing
+            groups.setdefault(self._start(self.cells.sites[at], resuming), []).append(at)
         most = 1 if self.one_by_one else max(1, rows // self.looking.count)
         fixed = FORWARD_ON_CPU if self.inputs.on_cpu() else FORWARD
         times = _cells_at_once([len(group) for group in groups.values()], most, fixed)
         forwards = _Forwards(self, times, resuming)
         base = forwards.base
-        patched = np.tile(base[0], (len(self.cells), 1))
+        patched = np.tile(base[0], (len(self.cells.sites), 1))
         for start in sorted(groups, key=lambda layer: -1 if layer is None else layer):
             for begin in range(0, len(groups[start]), times):
                 chosen = groups[start][begin : begin + times]
-                found = forwards.patched(start, [self.cells[at] for at in chosen])
+                found = forwards.patched(start, [self.cells.sites[at] for at in chosen])
                 for copy, at in enumerate(chosen):
-                    same = (found[copy] == base[copy]) | ~self.changed[at].numpy()
+                    same = (found[copy] == base[copy]) | ~self.cells.changed[at].numpy()
                     patched[at] = np.where(same, base[0], found[copy])  # bit for bit as it was: no effect at all
-        patched[self.missing().numpy()] = np.nan
+        patched[self.cells.missing().numpy()] = np.nan
         return base[0], patched
 
     def _start(self, cell: Site, resuming: Resuming) -> int | None:
@@ -267,7 +257,7 @@ class _Forwards:
         """What puts cells into copies, with where that is."""
         wholes: dict[Site, list[tuple[int, Site]]] = {}
         for copy, cell in cells:
-            wholes.setdefault(_whole(cell), []).append((copy, cell))
+            wholes.setdefault(whole_of(cell), []).append((copy, cell))
 
         def writer(chosen: list[tuple[int, Site]]) -> Callable[[Tensor], Tensor]:
             def write(whole: Tensor) -> Tensor:
@@ -285,8 +275,8 @@ class _Forwards:
     def _write(self, whole: Tensor, copy: int, cell: Site) -> None:
         """Put a cell into the rows of one copy."""
         count = self.sweep.looking.count
-        rows = _by_row(whole, self.times * count, cell)[copy * count : (copy + 1) * count]
-        part_of(cell, rows).copy_(part_of(cell, self.sweep.put[_whole(cell)]))
+        rows = by_row(whole, self.times * count, cell)[copy * count : (copy + 1) * count]
+        part_of(cell, rows).copy_(part_of(cell, self.sweep.cells.put[whole_of(cell)]))
 
     def _from_the_begin(self, looks: Sequence[tuple[_Look, Place]]) -> Any:
         called, root = called_and_root(self.sweep.model)
@@ -326,43 +316,6 @@ def _cells_at_once(counts: Sequence[int], most: int, fixed: float) -> int:
 def _is_given(cell: Site, start: int) -> bool:
     """Whether a cell is in what a block is given, rather than in the block: the output of one before is."""
     return cell.component == "resid_pre" or (cell.component == "resid_post" and cell.layer != start)
-
-
-def _whole(site: Site) -> Site:
-    """The tensor that a cell is a part of."""
-    return site._replace(head=None, position=None)
-
-
-def _by_row(tensor: Tensor, rows: int, site: Site) -> Tensor:
-    """A view `[rows, tokens, ...]`: some modules are given all tokens of all rows in one dimension."""
-    if tensor.shape[0] == rows:
-        return tensor
-    if tensor.dim() == 2 and tensor.shape[0] % rows == 0:
-        return tensor.view(rows, -1, tensor.shape[1])
-    raise BadValue(
-        f"{site} has shape {tuple(tensor.shape)}, and there are {rows} rows", "a row for each example", "Leave it out"
-    )
-
-
-def _at_positions(site: Site, whole: Tensor, positions: Literal["each", "all"] | int | Sequence[int]) -> list[Site]:
-    """The cells of a site."""
-    if site.position is not None:
-        check_position(site, whole, site.position)
-        return [site]
-    if isinstance(positions, str) and positions == "all":
-        return [site]
-    if isinstance(positions, str) and positions == "each":
-        if whole.dim() < 3:
-            raise BadValue(f"{site} has shape {tuple(whole.shape)}, without positions", "positions='all'", "Pass that")
-        return [site._replace(position=at) for at in range(whole.shape[token_axis(site)])]
-    given = [positions] if isinstance(positions, int) else list(positions)
-    if not given or any(isinstance(at, bool) or not isinstance(at, int) for at in given):
-        raise BadValue(
-            f"positions is {positions!r}", "'each', 'all', or positions as whole numbers", "Pass one of these"
-        )
-    for at in given:
-        check_position(site, whole, at)
-    return [site._replace(position=at) for at in given]
 
 
 def _equal(a: Any, b: Any) -> bool:
