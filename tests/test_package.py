@@ -163,7 +163,7 @@ HOUSE: dict[str, set[str]] = {
     "testing": {"results", "files", "numerics"},
     "diffing": {"wrapping", "results", "layers", "numerics"},
     "interp": {"wrapping", "observing", "results", "plots", "layers", "files", "internals", "numerics"},
-    "cli": {"diffing", "wrapping", "observing", "results", "plots", "layers", "files"},
+    "cli": {"interp", "diffing", "wrapping", "observing", "results", "plots", "layers", "files"},
     "": {"diffing", "wrapping", "observing", "surprise", "results"},
 }
 EVERYWHERE = {"_version", "errors", "text"}  # imports nothing itself

@@ -11,9 +11,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -24,6 +23,7 @@ import torch
 import transformers
 
 import noesis
+from helpers.commands import Run
 from helpers.language_models import build as build_language_model
 from helpers.pipelines import PROMPT, build
 from helpers.processes import environment, python
@@ -37,36 +37,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ONCE = "Once upon a time, there was a little girl"
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Done]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Call a command in this process."""
-
-    def call(*argv: object) -> Done:
-        capsys.readouterr()
-        code = cli.main([str(each) for each in argv])
-        return Done(code, *capsys.readouterr())
-
-    return call
-
-
 def kind_of_image(path: Path) -> str | None:
     with PIL.Image.open(path) as image:
         return image.format
-
-
-@pytest.fixture(scope="module")
-def llama(data: Path) -> Path:
-    """A trained Llama."""
-    return data / "stories260k"
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,22 @@ from typing import Any, NoReturn
 from .._version import __version__
 from ..errors import NoesisError
 from ..text import escaped
+from .arguments import (
+    add_command,
+    add_force,
+    add_generation,
+    add_json,
+    add_layers,
+    add_model,
+    add_seed,
+    distance,
+    from_zero,
+    positive,
+    printed_or_file,
+)
+from .interp_arguments import add_interp
 
 ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
-#: Seeds that torch takes.
-LARGEST_SEED = (1 << 64) - 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,8 +73,10 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     # A library that prints would spoil what is piped on: stdout is for the answer alone.
     with contextlib.redirect_stdout(sys.stderr):
-        from .commands import COMMANDS
-
+        if args.command.startswith("interp"):
+            from .interp_commands import COMMANDS
+        else:
+            from .commands import COMMANDS
         answer = COMMANDS[args.command](args, _note)
         text = answer.json() if args.json is True else answer.text()
     encoding = sys.stdout.encoding or "utf-8"
@@ -94,32 +108,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"noesis {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_demo, _trace, _show, _summarize, _compare, _diff, _tokens, _routes, _layers):
+    for add in (_demo, _trace, _show, _summarize, _compare, _diff, _tokens, _routes, _layers, add_interp):
         add(commands)
     return parser
 
 
-def _command(commands: Any, name: str, about: str, *aliases: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=about, description=about, aliases=aliases, allow_abbrev=False
-    )
-    parser.set_defaults(command=name, json=False)
-    return parser
-
-
 def _demo(commands: Any) -> None:
-    parser = _command(commands, "demo", "Train a small network, break one layer, and find it again.")
+    parser = add_command(commands, "demo", "Train a small network, break one layer, and find it again.")
     parser.add_argument("--out", default="noesis-demo", metavar="DIR", help="where to write (default: %(default)s)")
-    _add_force(parser)
+    add_force(parser)
 
 
 def _trace(commands: Any) -> None:
     about = "Run a diffusers pipeline or a causal language model, and record it."
-    parser = _command(commands, "trace", about, "trace-llm")
-    _add_model(parser)
+    parser = add_command(commands, "trace", about, "trace-llm")
+    add_model(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT")
-    _add_seed(parser)
-    _add_layers(parser)
+    add_seed(parser)
+    add_layers(parser)
     parser.add_argument("--per-sample", action="store_true", help="keep the elements of the batch apart too")
     parser.add_argument("--out", default="noesis-out", metavar="DIR", help="where to write (default: %(default)s)")
     parser.add_argument(
@@ -127,42 +133,42 @@ def _trace(commands: Any) -> None:
     )
     parser.add_argument("--single-file", action="store_true", help="json: all steps in one file")
     parser.add_argument("--no-gzip", action="store_true", help="json: do not compress")
-    _add_force(parser)
-    _add_json(parser)
+    add_force(parser)
+    add_json(parser)
     diffusion = parser.add_argument_group("diffusers pipelines (what is left out is the pipeline's default)")
     diffusion.add_argument("--negative-prompt", metavar="TEXT")
-    diffusion.add_argument("--steps", type=_positive, metavar="N")
+    diffusion.add_argument("--steps", type=positive, metavar="N")
     diffusion.add_argument("--guidance", type=float, metavar="SCALE")
-    diffusion.add_argument("--height", type=_positive, metavar="PIXELS")
-    diffusion.add_argument("--width", type=_positive, metavar="PIXELS")
+    diffusion.add_argument("--height", type=positive, metavar="PIXELS")
+    diffusion.add_argument("--width", type=positive, metavar="PIXELS")
     diffusion.add_argument(
         "--image", nargs="?", const="", metavar="FILE", help="write the image too (default: image.png in DIR)"
     )
-    _add_generation(parser.add_argument_group("language models"))
+    add_generation(parser.add_argument_group("language models"))
 
 
 def _show(commands: Any) -> None:
-    parser = _command(commands, "show", "What a saved trace or soulprint holds, and what is known of its run.")
+    parser = add_command(commands, "show", "What a saved trace or soulprint holds, and what is known of its run.")
     parser.add_argument("run_path", metavar="RUN", help="a trace, a soulprint, or a folder of one")
     parser.add_argument("--run", metavar="ID", help="which run, where a folder holds several")
     parser.add_argument("--plot", metavar="FILE", help="draw it")
-    _add_force(parser)
-    _add_json(parser)
+    add_force(parser)
+    add_json(parser)
 
 
 def _summarize(commands: Any) -> None:
-    parser = _command(commands, "summarize", "The soulprint of a trace.", "unet-summarize")
+    parser = add_command(commands, "summarize", "The soulprint of a trace.", "unet-summarize")
     parser.add_argument("trace", metavar="TRACE", help="a trace, or a folder of one")
     parser.add_argument("--out", metavar="FILE", help="write it to .safetensors, .json or .json.gz")
     parser.add_argument("--run", metavar="ID", help="which run, where a folder holds several")
-    parser.add_argument("--step", type=_from_zero, metavar="N", help="the soulprint of this step alone")
-    _add_force(parser)
-    _add_json(parser)
+    parser.add_argument("--step", type=from_zero, metavar="N", help="the soulprint of this step alone")
+    add_force(parser)
+    add_json(parser)
 
 
 def _compare(commands: Any) -> None:
     about = "Where two runs differ, how much, and with a baseline, how surely."
-    parser = _command(commands, "compare", about, "compare-unet-soulprints", "soulprint-compare")
+    parser = add_command(commands, "compare", about, "compare-unet-soulprints", "soulprint-compare")
     parser.add_argument("a", metavar="A", help="a trace, a soulprint, or a folder of one")
     parser.add_argument("b", metavar="B", nargs="+", help="likewise; with --baseline also several, judged together")
     for name in "ab":
@@ -177,26 +183,26 @@ def _compare(commands: Any) -> None:
         metavar="STDS",
         help="differences up to this many standard deviations are no divergence (default: 1e-05, or as dtypes round)",
     )
-    parser.add_argument("--top", type=_positive, default=25, metavar="N", help="rows to show (default: %(default)s)")
+    parser.add_argument("--top", type=positive, default=25, metavar="N", help="rows to show (default: %(default)s)")
     parser.add_argument("--csv", metavar="FILE", help="write all rows")
     parser.add_argument(
         "--json",
         nargs="?",
         const="-",
-        type=_printed_or_file,
+        type=printed_or_file,
         metavar="FILE",
         help="write everything to FILE, or print it (put it last, or give it as --json=-)",
     )
     parser.add_argument("--plot", metavar="FILE", help="draw the most changed layers")
-    _add_force(parser)
+    add_force(parser)
     parser.add_argument(
-        "--fail-over", type=_distance, metavar="DISTANCE", help="exit with 1 when the distance is larger; for CI"
+        "--fail-over", type=distance, metavar="DISTANCE", help="exit with 1 when the distance is larger; for CI"
     )
 
 
 def _diff(commands: Any) -> None:
     about = "What differs between two models that are given the same inputs: layers, predictions, weights."
-    parser = _command(commands, "diff", about)
+    parser = add_command(commands, "diff", about)
     for name in "ab":
         parser.add_argument(
             f"model_{name}",
@@ -209,14 +215,14 @@ def _diff(commands: Any) -> None:
         metavar="FILE|TEXT",
         help="texts; files of one a line; or .npz, .pt or .safetensors of tensors [inputs, ...]; give 8 or more",
     )
-    _add_layers(parser)
+    add_layers(parser)
     for name in "ab":
         parser.add_argument(f"--dtype-{name}", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
     parser.add_argument("--adapter-b", metavar="DIR_OR_ID", help="a LoRA, or another adapter of PEFT, for MODEL_B")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps, ...")
     parser.add_argument(
         "--baseline",
-        type=_from_zero,
+        type=from_zero,
         default=1,
         metavar="N",
         help="run A so many times more, to know what a model differs from itself (default: %(default)s)",
@@ -224,118 +230,45 @@ def _diff(commands: Any) -> None:
     parser.add_argument(
         "--match-order", action="store_true", help="pair layers and weights that were renamed, by shape and order"
     )
-    _add_seed(parser)
-    parser.add_argument("--steps", type=_positive, metavar="N", help="of pipelines")
+    add_seed(parser)
+    parser.add_argument("--steps", type=positive, metavar="N", help="of pipelines")
     parser.add_argument("--plot", metavar="FILE", help="draw the relative error by layer and input")
-    _add_force(parser)
-    _add_json(parser)
+    add_force(parser)
+    add_json(parser)
     parser.add_argument(
         "--fail-over",
-        type=_distance,
+        type=distance,
         metavar="ERROR",
         help="exit with 1 when a layer's relative error is larger, at 0 when any bit differs; for CI",
     )
 
 
 def _tokens(commands: Any) -> None:
-    parser = _command(commands, "tokens", "How far two prompts are apart, token by token and layer by layer.")
-    _add_model(parser)
+    parser = add_command(commands, "tokens", "How far two prompts are apart, token by token and layer by layer.")
+    add_model(parser)
     parser.add_argument("--a", required=True, metavar="PROMPT")
     parser.add_argument("--b", required=True, metavar="PROMPT")
-    _add_layers(parser)
+    add_layers(parser)
     parser.add_argument("--threshold", type=float, metavar="DELTA", help="from where on a token is divergent")
     parser.add_argument("--plot", metavar="FILE", help="draw the heat map")
-    _add_force(parser)
-    _add_json(parser)
+    add_force(parser)
+    add_json(parser)
 
 
 def _routes(commands: Any) -> None:
-    parser = _command(commands, "routes", "Which experts the tokens of a prompt are sent to.", "trace-moe")
-    _add_model(parser)
+    parser = add_command(commands, "routes", "Which experts the tokens of a prompt are sent to.", "trace-moe")
+    add_model(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT")
-    _add_seed(parser)
-    _add_generation(parser)
+    add_seed(parser)
+    add_generation(parser)
     parser.add_argument("--out", metavar="FILE", help="write everything to a file")
     parser.add_argument("--plot", metavar="FILE", help="draw the load of the experts")
-    _add_force(parser)
-    _add_json(parser)
+    add_force(parser)
+    add_json(parser)
 
 
 def _layers(commands: Any) -> None:
-    parser = _command(commands, "layers", "What a selector matches in a model.")
+    parser = add_command(commands, "layers", "What a selector matches in a model.")
     parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="a folder of save_pretrained, or an id")
-    _add_layers(parser)
-    _add_json(parser)
-
-
-def _add_model(parser: Any) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="a folder of save_pretrained, or an id")
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps, ...")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
-
-
-def _add_seed(parser: Any) -> None:
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of noise and drawn tokens (default: 0)")
-
-
-def _add_generation(parser: Any) -> None:
-    parser.add_argument("--max-new-tokens", type=_from_zero, metavar="N", help="tokens to add (default: 32)")
-    parser.add_argument("--temperature", type=float, metavar="T", help="draw tokens; by default the likeliest is taken")
-
-
-def _add_layers(parser: Any) -> None:
-    parser.add_argument(
-        "--layers",
-        nargs="+",
-        default="blocks",
-        metavar="SELECTOR",
-        help="blocks (default), all, linear, attention, a name, a glob, 're:...'; several are joined",
-    )
-
-
-def _add_force(parser: Any) -> None:
-    parser.add_argument("--force", action="store_true", help="replace files that are there; else that is an error")
-
-
-def _add_json(parser: Any) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-# ---------------------------------------------------------------- values
-
-
-def _whole(text: str, least: int, most: int) -> int:
-    if not (text.isdecimal() and len(text) <= len(str(most)) and least <= int(text) <= most):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    return _whole(text, 1, 1 << 20)
-
-
-def _from_zero(text: str) -> int:
-    return _whole(text, 0, 1 << 20)
-
-
-def _seed(text: str) -> int:
-    return _whole(text, 0, LARGEST_SEED)
-
-
-def _distance(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0")
-    return value
-
-
-def _printed_or_file(text: str) -> bool | Path:
-    """True for "-", which stands for stdout; else the file."""
-    if text == "-":
-        return True
-    if not text.endswith((".json", ".json.gz")):
-        raise argparse.ArgumentTypeError(f"{text!r} does not end in .json or .json.gz; to print, put --json last")
-    return Path(text)
+    add_layers(parser)
+    add_json(parser)

@@ -122,13 +122,13 @@ def _tokens(args: Namespace, note: Note) -> Answer:
     from .prompts import forward
 
     check_outputs([("--plot", args.plot)], args.force)
-    model, tokenizer = _language_model(args)
+    model, tokenizer = language_model(args)
     with capture(model, _selector(args)) as acts_a:
         tokens_a = forward(model, tokenizer, args.a)
     with capture(model, _selector(args)) as acts_b:
         tokens_b = forward(model, tokenizer, args.b)
     deltas = token_deltas(acts_a, acts_b, tokens_a, tokens_b, threshold=args.threshold)
-    _draw(deltas, args.plot, note)
+    draw(deltas, args.plot, note)
     return Answer(lambda: repr(deltas), deltas.to_json)
 
 
@@ -136,7 +136,7 @@ def _routes(args: Namespace, note: Note) -> Answer:
     from .prompts import generate
 
     check_outputs([("--out", args.out), ("--plot", args.plot)], args.force)
-    model, tokenizer = _language_model(args)
+    model, tokenizer = language_model(args)
     _check_routers(model, args.model)
     options = _generation(args)
     wrapped = wrap(model, layers="routers", capacity=max(256, 1 + options["max_new_tokens"]))
@@ -146,7 +146,7 @@ def _routes(args: Namespace, note: Note) -> Answer:
     if args.out is not None:
         routes.save(args.out)
         note(f"wrote {args.out}")
-    _draw(routes, args.plot, note)
+    draw(routes, args.plot, note)
     return Answer(lambda: repr(routes), routes.to_json)
 
 
@@ -175,7 +175,7 @@ def _diff(args: Namespace, note: Note) -> Answer:
         require("matplotlib", extra="viz", purpose="--plot")  # before the models run, not after
     args.layers = _selector(args)
     result = diff_of(args)
-    _draw(result, args.plot, note)
+    draw(result, args.plot, note)
     # Not `distance > bound`: one that is NaN has to fail too; and 0 allows no bit, of elements that were not kept too.
     failed = args.fail_over is not None and not result.distance <= args.fail_over
     failed |= args.fail_over == 0 and not result.equal.all()
@@ -190,7 +190,7 @@ def _diff(args: Namespace, note: Note) -> Answer:
 def _show(args: Namespace, note: Note) -> Answer:
     check_outputs([("--plot", args.plot)], args.force)
     run = load_run(args.run_path, args.run)
-    _draw(run, args.plot, note)
+    draw(run, args.plot, note)
     meta = "".join(f"\n  {plain(name)}: {escaped(_in_a_line(value))}" for name, value in run.meta.items())
     return Answer(lambda: f"{run!r}\n\nmeta:{meta or ' none'}", run.to_json)
 
@@ -228,7 +228,8 @@ def _compare(args: Namespace, note: Note) -> Answer:
 # ---------------------------------------------------------------- what commands share
 
 
-def _language_model(args: Namespace) -> tuple[Any, Any]:
+def language_model(args: Namespace) -> tuple[Any, Any]:
+    """The language model of a command line, and its tokenizer."""
     if args.plot is not None:
         require("matplotlib", extra="viz", purpose="--plot")  # before the model runs, not after
     args.device = models.device_of(args.device)
@@ -276,9 +277,10 @@ def _refuse(args: Namespace, owner: str, *names: str) -> None:
             )
 
 
-def _draw(result: Any, path: str | None, note: Note) -> None:
+def draw(result: Any, path: str | None, note: Note, **options: Any) -> None:
+    """Draw a result, where a path says so."""
     if path is not None:
-        result.plot(path=path)
+        result.plot(path=path, **options)
         note(f"wrote {path}")
 
 

@@ -5,12 +5,15 @@ The model may be wrapped or not; what it computes is the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import BadValue
+from .. import files
+from ..errors import BadValue, MissingFile
 
 
 class Prompt(NamedTuple):
@@ -36,6 +39,80 @@ def encode(tokenizer: Any, text: str, device: torch.device | str = "cpu") -> Pro
         raise BadValue(f"the prompt {text!r} has no tokens", "a prompt with at least one token", "Write something")
     tokens = [str(token) for token in tokenizer.convert_ids_to_tokens(ids)]
     return Prompt(torch.tensor([ids], device=device), tokens)
+
+
+class Batch(NamedTuple):
+    """Prompts as the model is fed with them: int64 arguments [prompts, tokens] by name, and the tokens as text."""
+
+    inputs: dict[str, Tensor]
+    tokens: list[list[str]]
+
+
+def texts_of(given: str) -> list[str]:
+    """A text, or the lines of the file that it names, without those that are blank.
+
+    Raises:
+        NoesisError: for a name that ends in `.txt` where no such file is.
+
+    Examples:
+        >>> from noesis.cli.prompts import texts_of
+        >>> texts_of("Once upon a time")
+        ['Once upon a time']
+    """
+    path = Path(given)
+    if given.endswith(".txt") and not path.is_file():
+        raise MissingFile(f"{given} is not there", "a file of texts, or a text", "Check the path")
+    if len(given) >= 256 or not path.is_file():
+        return [given]
+    lines = files.read_bytes(path).decode("utf-8", "replace").splitlines()
+    return [line for line in lines if line.strip()]
+
+
+def encode_batch(tokenizer: Any, texts: Sequence[str], device: torch.device | str = "cpu") -> Batch:
+    """Prompts as a batch, the shorter ones filled up after their end, which `attention_mask` says.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        texts: the prompts.
+        device: where the ids should lie.
+
+    Raises:
+        NoesisError: (a ValueError) for no prompt, and for one without tokens.
+    """
+    if not texts:
+        raise BadValue("there is no prompt", "at least one", "Write some")
+    prompts = [encode(tokenizer, text) for text in texts]
+    size = max(prompt.ids.shape[1] for prompt in prompts)
+    # What stands at padding is not looked at: any token will do.
+    ids = torch.full((len(prompts), size), tokenizer.pad_token_id or 0)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, : prompt.ids.shape[1]], mask[row, : prompt.ids.shape[1]] = prompt.ids[0], 1
+    return Batch({"input_ids": ids.to(device), "attention_mask": mask.to(device)}, [each.tokens for each in prompts])
+
+
+def token_of(tokenizer: Any, text: str, what: str) -> int:
+    """The one token that a text is.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        text: such as `" Mary"`.
+        what: what is said to be wrong otherwise, such as an option.
+
+    Raises:
+        NoesisError: (a ValueError) for a text of another number of tokens, with how it is cut, and for an unknown one.
+    """
+    ids: list[int] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    cut = ", ".join(repr(str(token)) for token in tokenizer.convert_ids_to_tokens(ids))
+    if len(ids) != 1:
+        raise BadValue(
+            f"{what} {text!r} is {len(ids)} tokens for this tokenizer: {cut or 'none'}",
+            "a text of one token",
+            "Take another word, or mind the space before it, which often is a part of the token",
+        )
+    if ids[0] == tokenizer.unk_token_id:
+        raise BadValue(f"{what} {text!r} is unknown to this tokenizer: {cut}", "a token of it", "Take another word")
+    return ids[0]
 
 
 def forward(model: Any, tokenizer: Any, text: str) -> list[str]:

@@ -13,11 +13,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .. import files
 from ..diffing import diff
 from ..errors import BadFile, BadValue, MissingFile
 from ..results import Activations, ModelDiff
 from . import models
+from .prompts import texts_of
 
 #: Files of inputs; any other is text, a prompt a line.
 TENSORS = (".npz", ".pt", ".safetensors")
@@ -67,15 +67,9 @@ def inputs_of(given: list[str]) -> list[Any]:
     found: list[Any] = []
     for text in given:
         path = Path(text)
-        if text.endswith((*TENSORS, ".txt")) and not path.is_file():
+        if text.endswith(TENSORS) and not path.is_file():
             raise MissingFile(f"{text} is not there", "a file of inputs, or a text", "Check the path")
-        if text.endswith(TENSORS):
-            found += _rows(path)
-        elif len(text) < 256 and path.is_file():
-            lines = files.read_bytes(path).decode("utf-8", "replace").splitlines()
-            found += [line for line in lines if line.strip()]
-        else:
-            found.append(text)
+        found += _rows(path) if text.endswith(TENSORS) else texts_of(text)
     if not found:
         raise BadValue("--prompts holds no input", "at least one, better 8", "Write some")
     return found
