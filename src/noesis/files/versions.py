@@ -13,6 +13,7 @@ VERSIONS = {
     "activations": 1,
     "attribution": 1,
     "calibration": 1,
+    "circuit": 1,
     "codebooks": 1,
     "coder_quality": 1,
     "comparison": 1,

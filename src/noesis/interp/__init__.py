@@ -4,12 +4,14 @@ from .anatomy import Anatomy, anatomy
 from .attributing import attribute
 from .attribution import Attribution, Disagreement
 from .checks import Check
+from .circuit import Circuit, CircuitComparison
+from .circuits import circuit
 from .coders import SparseCoder
 from .contributing import contributions
 from .contributions import Contribution, Contributions
 from .direction_found import Cost, Direction
 from .directions import direction
-from .edges import Edge, Edges
+from .edges import Edges
 from .edit_files import Edits
 from .editing import Editing, editing
 from .edits import Add, Custom, Edit, Noise, Project, Scale, When, Zero
@@ -24,11 +26,12 @@ from .metrics import Metric, answer_probability, kl, logit_difference
 from .neuron_examples import Example, Neurons
 from .neurons import neurons
 from .patching import patch
+from .paths import paths
 from .probe_scores import Probe
 from .probes import probe
 from .replacements import Freeze, Mean, Patch, Resample
 from .running import Run, run
-from .sites import Site
+from .sites import Edge, Site
 from .splicing import CoderQuality, Splice, coder_quality
 from .tuned_lens import TunedLens
 from .untrained import untrained
@@ -39,6 +42,8 @@ __all__ = [
     "Attribution",
     "Block",
     "Check",
+    "Circuit",
+    "CircuitComparison",
     "CoderQuality",
     "Contribution",
     "Contributions",
@@ -79,6 +84,7 @@ __all__ = [
     "anatomy",
     "answer_probability",
     "attribute",
+    "circuit",
     "coder_quality",
     "contributions",
     "direction",
@@ -90,6 +96,7 @@ __all__ = [
     "logit_lens",
     "neurons",
     "patch",
+    "paths",
     "probe",
     "run",
     "untrained",

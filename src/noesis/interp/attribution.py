@@ -13,8 +13,8 @@ from ..errors import BadValue
 from ..numerics import Floats, benjamini_hochberg, sign_flip_test
 from ..results import Cells
 from ..text import counted, table
-from .effects import LEVEL, Effects, site_of
-from .sites import Site
+from .effects import LEVEL, Effects
+from .sites import Site, site_of
 
 #: Of the largest exact effect among cells that were checked: an estimate that is further off is a wrong one; and of the
 #: largest estimate, what twice the steps may change.

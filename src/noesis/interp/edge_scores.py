@@ -17,13 +17,12 @@ from ..layers import is_leaf, is_linear
 from .anatomy import Anatomy, called_and_root
 from .aside import aside
 from .checks import check_equal, same
-from .edges import Edge
 from .estimating import Ends, Estimates, Path, middles
 from .identifying import Block
 from .places import AFTER, BEFORE, Place, place_of
 from .projections import Passed, Projection, find_projection, matrix_of, one_head_each
 from .running import Run
-from .sites import MODULE, Site
+from .sites import MODULE, Edge, Site
 from .visiting import Visiting
 
 #: Without these components of a block, it has no edges that are known.

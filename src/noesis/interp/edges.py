@@ -4,31 +4,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ..numerics import Floats
 from ..results import Cells
 from .attribution import Attribution
-from .effects import site_of
-from .sites import Site
-
-
-class Edge(NamedTuple):
-    """From a site that writes into the residual stream to one that reads it.
-
-    Examples:
-        >>> from noesis.interp import Edge, Site
-        >>> str(Edge(Site("z", 0, 1), Site("k", 1, 2)))
-        'z.0.1->k.1.2'
-    """
-
-    sender: Site
-    receiver: Site
-
-    def __str__(self) -> str:
-        return f"{self.sender}->{self.receiver}"
+from .sites import Edge, Site, site_of
 
 
 @dataclass(eq=False, repr=False)
@@ -57,7 +40,7 @@ class Edges(Attribution):
 
     kind: ClassVar[str] = "edges"
 
-    sites: list[Edge]  # type: ignore[assignment]
+    sites: list[Edge]
 
     def candidates(self) -> tuple[list[Site], Floats]:
         """The senders, and the estimated effects of patching each, `[senders, pairs]`: what its edges add up to."""

@@ -16,7 +16,7 @@ from ..errors import BadValue, NoesisWarning
 from ..numerics import Floats, Ints, benjamini_hochberg, pairs_needed, sign_flip_test
 from ..results import Cells, Saved, Tabular, list_of
 from ..text import counted, plain, table
-from .sites import LAYERED, MODULE, WHOLE, Site
+from .sites import Cell, Edge, cell_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +34,7 @@ _SHOWN = 12
 class Effect(NamedTuple):
     """The effect of one cell: its mean over pairs, the standard error of that, and how often chance gives as much."""
 
-    site: Site
+    site: Any  # a `Site`, or the `Edge` that a path is
     mean: float
     standard_error: float
     p_value: float
@@ -61,7 +61,7 @@ class Effects(Saved, Tabular):
     As a table (`to_csv`, `to_dataframe`) it has a row per cell.
 
     Attributes:
-        sites: one per cell, in the order of rows.
+        sites: one per cell, in the order of rows; of `interp.paths`, an `Edge` each.
         clean: the metric of each clean example, float64 [pairs].
         corrupted: likewise.
         patched: the metric after each change, float64 [cells, pairs]; NaN where there is none, as at padding.
@@ -90,7 +90,7 @@ class Effects(Saved, Tabular):
     kind: ClassVar[str] = "effects"
     ARRAYS: ClassVar[tuple[str, ...]] = ("clean", "corrupted", "patched")
 
-    sites: list[Site]
+    sites: list[Any]
     clean: Floats
     corrupted: Floats
     patched: Floats
@@ -205,7 +205,7 @@ class Effects(Saved, Tabular):
     def __len__(self) -> int:
         return len(self.sites)
 
-    def __getitem__(self, site: str | Site | tuple[str | int, ...]) -> Effect:
+    def __getitem__(self, site: str | Cell | tuple[str | int, ...]) -> Effect:
         text = ".".join(map(str, site)) if type(site) is tuple else str(site)
         if text not in self._places:
             near = difflib.get_close_matches(text, self._places, n=3) or list(self._places)[:6]
@@ -304,15 +304,17 @@ class Effects(Saved, Tabular):
             row_names,
             labels,
             title=f"{passing} of {counted(len(self), 'cell')} differ from 0 (FDR {LEVEL:g})",
-            row_axis="site",
+            row_axis="sender" if what[0] == "receiver" else "site",
             column_axis=what[0],
             scale="linear",
             colour_bar=f"mean effect on {self.metric}" + (", estimated" if self.estimate else ""),
             path=path,
         )
 
-    def _place(self, site: Site) -> tuple[str, str | int, str]:
+    def _place(self, site: Cell) -> tuple[str, str | int, str]:
         """Row and column of a cell in a picture, and what columns are."""
+        if isinstance(site, Edge):
+            return str(site.sender), str(site.receiver), "receiver"
         if any(each.position is not None for each in self.sites):
             whole = "all" if site.position is None else site.position
             return str(site._replace(position=None)), whole, "position"
@@ -366,15 +368,18 @@ class Effects(Saved, Tabular):
     @classmethod
     def _cell(cls, given: Any) -> Any:
         """A cell from a file."""
-        return site_of(given)
+        return cell_of(given)
+
+    def _of_sites(self) -> dict[str, Cells]:
+        if any(isinstance(site, Edge) for site in self.sites):
+            return {name: [str(getattr(site, name)) for site in self.sites] for name in Edge._fields}
+        names = ("component", "layer", "head", "position")
+        return {name: [getattr(site, name) for site in self.sites] for name in names}
 
     def _columns(self) -> dict[str, Cells]:
         return {
             "site": [str(site) for site in self.sites],
-            "component": [site.component for site in self.sites],
-            "layer": [site.layer for site in self.sites],
-            "head": [site.head for site in self.sites],
-            "position": [site.position for site in self.sites],
+            **self._of_sites(),
             "mean": self.mean,
             "standard_error": self.standard_error,
             "p_value": self.p_value,
@@ -386,13 +391,3 @@ class Effects(Saved, Tabular):
 def _by_number(name: str | int) -> tuple[int, int | str]:
     """Numbers first, in their order."""
     return (0, name) if isinstance(name, int) else (1, name)
-
-
-def site_of(given: Any) -> Site:
-    """A site from a file."""
-    component, layer, head, position, module = given
-    list_of(str, [component, module])
-    list_of(int, [number for number in (layer, head, position) if number is not None])
-    if component not in (*LAYERED, *WHOLE, MODULE):
-        raise ValueError(f"{given!r} is no site")
-    return Site(component, layer, head, position, module)

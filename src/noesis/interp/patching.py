@@ -8,24 +8,19 @@ from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
-import torch
 from loguru import logger
 from torch import Tensor, nn
 
 from ..errors import BadValue, NoesisWarning
-from ..numerics import Floats
 from ..wrapping import Wrapped, unwrapped
-from .anatomy import Anatomy, anatomy_of, called_and_root
+from .anatomy import Anatomy, anatomy_of
+from .between import Between, check_precision
 from .cells import AtPositions
 from .effects import Direction, Effects
 from .metrics import Metric, name_of
-from .pairs import paired
 from .places import change_of, expanded
 from .sites import HEADED, Site, read
-from .sweeping import Looking, Resuming, Sweep
-
-#: Of the usual difference between clean and corrupted: more is not to be lost to rounding.
-MOST_ROUNDING = 0.1
+from .sweeping import Resuming, Sweep
 
 
 def patch(
@@ -84,16 +79,8 @@ def patch(
             gives a mean, sites that are not there or are refused, pairs that all coincide, or half precision too coarse
             for the difference; (a RuntimeError) for a model in training mode.
     """
-    if direction not in ("denoise", "noise"):
-        raise BadValue(f"direction is {direction!r}", "'denoise' or 'noise'", "Pass one of them")
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise BadValue(f"batch is {batch!r}", "how many rows a forward may have", "Pass a whole number from 1")
-    _, root = called_and_root(model)
-    one, other = paired(clean, corrupted, root)
-    few = one.taken(torch.arange(min(2, one.count)))
-    base, source = (other, one) if direction == "denoise" else (one, other)
-    looking = Looking(metric, base, root)
-    size = max(batch, one.count) if looking.whole else batch
+    between = Between.of(model, clean, corrupted, metric, direction, batch)
+    root, looking, few = between.root, between.looking, between.few()
     found = []
     # Forwards of a sweep are no steps of the user's.
     with unwrapped(model) if isinstance(model, Wrapped) else nullcontext(model) as bare:
@@ -103,15 +90,15 @@ def patch(
         resuming = Resuming(bare, few.with_arguments(looking.asking()), anatomy)
         if resuming.why_not:
             warnings.warn(f"each cell takes a whole forward: {resuming.why_not}", NoesisWarning, stacklevel=2)
-        for rows in torch.arange(one.count).split(size):
-            sweep = Sweep(bare, anatomy, base.taken(rows), source.taken(rows), looking.of(rows), cells, positions)
-            found.append((sweep.source_values, sweep.rounding, *sweep.run(size, resuming)))
+        for part in between.parts():
+            sweep = Sweep(bare, anatomy, part.base, part.source, part.looking, cells, positions)
+            found.append((sweep.source_values, sweep.rounding, *sweep.run(part.size, resuming)))
     values, rounding, of_base, patched = (np.concatenate(each, axis=-1) for each in zip(*found, strict=True))
-    _check_precision(rounding, np.abs(values - of_base))
+    check_precision(rounding, np.abs(values - of_base))
     of_clean, of_corrupted = (values, of_base) if direction == "denoise" else (of_base, values)
     meta = {"model": type(root).__name__, "resumed": not resuming.why_not}
     effects = Effects(sweep.cells.sites, of_clean, of_corrupted, patched, direction, name_of(metric), meta=meta)
-    logger.debug("patched {} cells of {} pairs", len(effects), one.count)
+    logger.debug("patched {} cells of {} pairs", len(effects), between.base.count)
     return effects
 
 
@@ -128,19 +115,3 @@ def cells_of(sites: str | Site | Iterable[str | Site], root: nn.Module, anatomy:
             raise BadValue("sites has 'logits'", "sites of which the logits are made", "Leave it out")
         change_of(site, anatomy)  # said now, and not in the middle
     return found
-
-
-def _check_precision(rounding: Floats, apart: Floats) -> None:
-    """Check that half precision can tell clean from corrupted.
-
-    Raises:
-        NoesisError: (a ValueError) when it cannot.
-    """
-    lost, usual = float(np.median(rounding)), float(np.median(apart))
-    if lost > MOST_ROUNDING * usual:
-        raise BadValue(
-            f"the model's logits are in half precision, whose rounding moves the metric by {lost:.2g}, and clean and "
-            f"corrupted differ by {usual:.2g}",
-            f"rounding below {MOST_ROUNDING:.0%} of the difference",
-            "Patch the model in float32: model.float()",
-        )

@@ -15,8 +15,8 @@ from ..layers import hidden_index, hidden_state, parameters_of, unmeasurable
 from .anatomy import Anatomy, anatomy_of, called_and_root
 from .attending import Visitor
 from .checks import same
-from .places import BEFORE, Place, check_anatomy, with_hidden_state
-from .recording import arguments, spare
+from .places import BEFORE, Place, check_anatomy, with_hidden_input, with_hidden_state
+from .recording import arguments, hidden_input, spare
 from .sites import Site
 from .visiting import Visiting
 
@@ -70,6 +70,7 @@ class Replay:
         self.anatomy, self._args, self._kwargs = anatomy, args, kwargs
         self.residuals: dict[int, Tensor] = {}
         self._returned: dict[int, Any] = {}
+        self._calls: dict[int, tuple[Any, Any]] = {}  # what its block was called with
         self._order: list[int] = []  # of blocks, as they ran
         self._stream: list[int] = []  # of blocks that hand on the stream to the last one
         self.output = self._first()
@@ -80,7 +81,7 @@ class Replay:
         last: list[tuple[Tensor, Tensor]] = []  # what the block before returned, and the copy of it
 
         def begins(layer: int) -> Callable[[Any, Any], None]:
-            def note(_args: Any, _kwargs: Any) -> None:
+            def note(args: Any, kwargs: Any) -> None:
                 if layer in self._order:
                     raise BadValue(
                         f"block {self.anatomy.blocks[layer].name!r} runs more than once",
@@ -88,6 +89,10 @@ class Replay:
                         "Change it by interp.editing, which runs the whole model",
                     )
                 self._order.append(layer)
+                hidden = hidden_input(args, kwargs)
+                if hidden is not None:  # which is not held
+                    args, kwargs = with_hidden_input(args, kwargs, hidden.new_zeros(()).expand(hidden.shape))
+                self._calls[layer] = args, kwargs
 
             return note
 
@@ -179,6 +184,24 @@ class Replay:
             visiting.add(visitor, place)
         args, kwargs = spare(self._args, {**self._kwargs, **changed})
         return self._run(visiting, self._repeated(args, times), self._repeated(kwargs, times))
+
+    def block(self, layer: int, resid: Tensor, visitors: Sequence[tuple[Visitor, Place]] = ()) -> None:
+        """Run one block alone, as it was called but for the residual stream, for what visitors see there.
+
+        Args:
+            layer: the block.
+            resid: what it is given, of the run's shape; its other arguments, as masks, are those of the run.
+            visitors: who is to see or change what passes.
+        """
+        name = self.anatomy.blocks[layer].name
+        visiting = Visiting(self._root, self.anatomy, own_thread=True)
+        visiting.add(_Told(Site("resid_pre", layer), lambda _layer, _hidden: resid.clone()), Place(name, BEFORE))
+        for visitor, place in visitors:
+            visiting.add(visitor, place)
+        args, kwargs = spare(*self._calls[layer])
+        with ExitStack() as leaving, torch.no_grad():
+            visiting.attach(leaving)
+            self._root.get_submodule(name)(*args, **kwargs)
 
     def _again(self, layer: int, times: int, resid: Tensor | None) -> Any:
         """What a block returned, or the same with another stream where it was the last of all."""

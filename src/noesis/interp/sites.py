@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 
 from ..errors import BadType, BadValue
+from ..results import list_of
 
 #: Components of a block, and those of the model as a whole.
 LAYERED = (
@@ -72,6 +73,41 @@ class Site(NamedTuple):
 def kind_of(component: str) -> str:
     """A component, whichever attention of its block it is of: `z` of `cross_z`."""
     return component.removeprefix("cross_") if component in CROSS else component
+
+
+class Edge(NamedTuple):
+    """From what writes into the residual stream to what reads it.
+
+    Examples:
+        >>> from noesis.interp import Edge, Site
+        >>> str(Edge(Site("z", 0, 1), Site("k", 1, 2)))
+        'z.0.1->k.1.2'
+    """
+
+    sender: Site
+    receiver: Site
+
+    def __str__(self) -> str:
+        return f"{self.sender}->{self.receiver}"
+
+
+#: What an effect is of.
+Cell: TypeAlias = Site | Edge
+
+
+def cell_of(given: Any) -> Cell:
+    """A site or an edge from a file."""
+    return Edge(*map(site_of, given)) if len(given) == len(Edge._fields) else site_of(given)
+
+
+def site_of(given: Any) -> Site:
+    """A site from a file."""
+    component, layer, head, position, module = given
+    list_of(str, [component, module])
+    list_of(int, [number for number in (layer, head, position) if number is not None])
+    if component not in (*LAYERED, *WHOLE, MODULE):
+        raise ValueError(f"{given!r} is no site")
+    return Site(component, layer, head, position, module)
 
 
 class Asked(NamedTuple):

@@ -177,7 +177,7 @@ class Sweep:
             groups.setdefault(self._start(self.cells.sites[at], resuming), []).append(at)
         most = 1 if self.one_by_one else max(1, rows // self.looking.count)
         fixed = FORWARD_ON_CPU if self.inputs.on_cpu() else FORWARD
-        times = _cells_at_once([len(group) for group in groups.values()], most, fixed)
+        times = cells_at_once([len(group) for group in groups.values()], most, fixed)
         forwards = _Forwards(self, times, resuming)
         base = forwards.base
         patched = np.tile(base[0], (len(self.cells.sites), 1))
@@ -248,12 +248,12 @@ class _Forwards:
         """What a block is given, or what comes after the last."""
         if start not in self.streams:
             assert self.replay is not None
-            look = _Look(Site("resid_post", start - 1), lambda whole: self.streams.update({start: whole.clone()}))
+            look = Look(Site("resid_post", start - 1), lambda whole: self.streams.update({start: whole.clone()}))
             place = change_of(look.site, self.sweep.anatomy)
             self.replay.from_block(start - 1, self.streams[start - 1], [(look, place)])
         return self.streams[start]
 
-    def _looks(self, cells: Sequence[tuple[int, Site]]) -> list[tuple[_Look, Place]]:
+    def _looks(self, cells: Sequence[tuple[int, Site]]) -> list[tuple[Look, Place]]:
         """What puts cells into copies, with where that is."""
         wholes: dict[Site, list[tuple[int, Site]]] = {}
         for copy, cell in cells:
@@ -268,9 +268,7 @@ class _Forwards:
 
             return write
 
-        return [
-            (_Look(whole, writer(chosen)), change_of(whole, self.sweep.anatomy)) for whole, chosen in wholes.items()
-        ]
+        return [(Look(whole, writer(chosen)), change_of(whole, self.sweep.anatomy)) for whole, chosen in wholes.items()]
 
     def _write(self, whole: Tensor, copy: int, cell: Site) -> None:
         """Put a cell into the rows of one copy."""
@@ -278,7 +276,7 @@ class _Forwards:
         rows = by_row(whole, self.times * count, cell)[copy * count : (copy + 1) * count]
         part_of(cell, rows).copy_(part_of(cell, self.sweep.cells.put[whole_of(cell)]))
 
-    def _from_the_begin(self, looks: Sequence[tuple[_Look, Place]]) -> Any:
+    def _from_the_begin(self, looks: Sequence[tuple[Look, Place]]) -> Any:
         called, root = called_and_root(self.sweep.model)
         visiting = Visiting(root, self.sweep.anatomy, own_thread=True)
         for look, place in looks:
@@ -289,7 +287,7 @@ class _Forwards:
             return called(*args, **kwargs)
 
 
-class _Look:
+class Look:
     """A visitor that hands on what passes."""
 
     def __init__(self, site: Site, function: Callable[[Tensor], Tensor | None]) -> None:
@@ -301,7 +299,7 @@ class _Look:
         return self.function(whole)
 
 
-def _cells_at_once(counts: Sequence[int], most: int, fixed: float) -> int:
+def cells_at_once(counts: Sequence[int], most: int, fixed: float) -> int:
     """How many cells a batch has, of groups of so many, where a forward costs a cell each and something fixed.
 
     The run that is taken up has as many, and is whole: twice what a cell costs in the mean.

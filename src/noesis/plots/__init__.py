@@ -1,5 +1,6 @@
 """Pictures from plain arrays."""
 
+from .circuit_figures import circuit_figure
 from .heat_maps import draw_heat_map, heat_map, map_figure, token_map
 from .layer_bars import bars, draw_effects, effects
 from .names import run_names, shortened, shortened_names
@@ -10,6 +11,7 @@ __all__ = [
     "bars",
     "check_order",
     "check_path",
+    "circuit_figure",
     "draw_effects",
     "draw_heat_map",
     "effects",
