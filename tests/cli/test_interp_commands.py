@@ -63,6 +63,13 @@ def loaded(folder: Path) -> tuple[Any, Any]:
             ),
             "interp patch",
         ),
+        (
+            (
+                "circuit --model m --clean a --corrupted b --right c --wrong d --method acdc --size 3 --level nodes "
+                "--faithfulness 0.9 --ablation mean --seed 1 --plot f.png --out f.json --force --json"
+            ),
+            "interp circuit",
+        ),
     ],
 )
 def test_commands_and_their_options(line: str, command: str) -> None:
@@ -172,6 +179,27 @@ def test_patch(run: Run, llama: Path, tmp_path: Path) -> None:
     assert saved.meta["clean"] == [GIRL, "Lily had a toy"]
     assert picture.is_file()
     assert json.loads(run(*line, "--json").out)["direction"] == "noise"
+
+
+def test_circuit(run: Run, gpt2: Path, tmp_path: Path) -> None:
+    clean, corrupted = tmp_path / "clean.txt", tmp_path / "corrupted.txt"
+    clean.write_text("the girl saw a dog\nthe girl saw the toy\na girl went\nthe girl went\n")
+    corrupted.write_text(clean.read_text().replace("girl", "boy"))
+    out, picture = tmp_path / "circuit.safetensors", tmp_path / "circuit.png"
+    line = ["interp", "circuit", "--model", gpt2, "--clean", clean, "--corrupted", corrupted, "--right", "her"]
+    line += ["--wrong", "his", "--level", "nodes", "--size", 4, "--seed", 3]
+    done = run(*line, "--out", out, "--plot", picture)
+    assert done.code == 0, done.err
+    model, tokenizer = loaded(gpt2)
+    texts = [*clean.read_text().splitlines(), *corrupted.read_text().splitlines()]
+    inputs = encode_batch(tokenizer, texts).inputs
+    one, other = ({name: each[rows] for name, each in inputs.items()} for rows in (slice(4), slice(4, 8)))
+    metric = interp.logit_difference(*tokenizer.convert_tokens_to_ids(["her", "his"]))
+    expected = interp.circuit(model, one, other, metric, level="nodes", size=4, seed=3)
+    assert done.out == f"{expected!r}\n"
+    np.testing.assert_array_equal(interp.Circuit.load(out).scores, expected.scores)
+    assert picture.is_file()
+    assert json.loads(run(*line, "--json").out)["level"] == "nodes"
 
 
 def patch(run: Run, model: Path, **options: object) -> str:

@@ -14,6 +14,7 @@ from noesis import interp
 
 FILES = Path(__file__).parent / "v1"
 KINDS: dict[str, Any] = {
+    "circuit": interp.Circuit,
     "direction": interp.Direction,
     "head_scores": interp.HeadScores,
     "importance": interp.Importance,
@@ -24,6 +25,7 @@ KINDS: dict[str, Any] = {
 
 def write_all() -> None:
     """How the files were made."""
+    from helpers.circuits import induction
     from helpers.language_models import build, prompts
 
     model, draws = build("gpt2"), torch.Generator().manual_seed(0)
@@ -32,7 +34,11 @@ def write_all() -> None:
     metric = interp.logit_difference(5, 7)
     positive, negative = (torch.cat([prompts(seed=seed + each) for each in range(2)]) for seed in (1, 5))
     found = interp.neurons(model, [prompts()], layers="transformer.h.1.mlp.c_proj", k=1, quantiles=2)
+    by_hand = induction(seed=0)
+    pairs = by_hand.sample(8)
+    answer = interp.logit_difference(pairs.right, pairs.wrong)
     made = {
+        "circuit": interp.circuit(by_hand.model, pairs.clean_inputs, pairs.corrupted_inputs, answer, level="nodes"),
         "direction": interp.direction(model, positive, negative, site="resid_post.1"),
         "head_scores": interp.heads(model, seed=0),
         "importance": interp.importance(model, found, prompts(), metric, site=next(iter(found.sites)), channels=[3, 5]),

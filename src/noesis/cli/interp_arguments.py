@@ -13,7 +13,7 @@ def add_interp(commands: Any) -> None:
     about = "Look inside a language model: what it is made of, and which part of it causes what it says."
     parser = add_command(commands, "interp", about)
     below = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_anatomy, _lens, _heads, _patch):
+    for add in (_anatomy, _lens, _heads, _patch, _circuit):
         add(below)
 
 
@@ -58,18 +58,7 @@ def _heads(commands: Any) -> None:
 def _patch(commands: Any) -> None:
     about = "Which part of a model an answer goes through: activation patching of pairs of prompts."
     parser = _interp_command(commands, "patch", about)
-    each = "a text, or a file of one a line"
-    parser.add_argument("--clean", required=True, metavar="TEXT|FILE", help=f"{each}: prompts with the right answer")
-    parser.add_argument(
-        "--corrupted",
-        required=True,
-        metavar="TEXT|FILE",
-        help="likewise, of as many tokens each, with the wrong answer",
-    )
-    for name in ("right", "wrong"):
-        parser.add_argument(
-            f"--{name}", required=True, metavar="TOKEN|FILE", help="one token, or a file of one for each pair"
-        )
+    _add_pairs(parser)
     parser.add_argument(
         "--sites",
         nargs="+",
@@ -88,6 +77,53 @@ def _patch(commands: Any) -> None:
     )
     _add_written(parser, "draw the mean effects")
     add_json(parser)
+
+
+def _circuit(commands: Any) -> None:
+    about = "The circuit that carries an answer: found on one half of the pairs, and reported on the other."
+    parser = _interp_command(commands, "circuit", about)
+    _add_pairs(parser)
+    parser.add_argument(
+        "--method",
+        default="exact",
+        choices=("exact", "acdc"),
+        help="score each part alone (default), or take them out one after the other, in small models",
+    )
+    parser.add_argument("--size", type=float, metavar="N", help="how many parts, or below 1 which share of them")
+    parser.add_argument(
+        "--faithfulness",
+        type=float,
+        default=0.8,
+        metavar="F",
+        help="or the fewest that are as faithful (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ablation",
+        default="resample",
+        choices=("resample", "mean", "zero"),
+        help="what is outside of the circuit (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--level", default="edges", choices=("edges", "nodes"), help="what it is made of (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the halves (default: 0)")
+    _add_written(parser, "draw it, with its faithfulness by size")
+    add_json(parser)
+
+
+def _add_pairs(parser: argparse.ArgumentParser) -> None:
+    each = "a text, or a file of one a line"
+    parser.add_argument("--clean", required=True, metavar="TEXT|FILE", help=f"{each}: prompts with the right answer")
+    parser.add_argument(
+        "--corrupted",
+        required=True,
+        metavar="TEXT|FILE",
+        help="likewise, of as many tokens each, with the wrong answer",
+    )
+    for name in ("right", "wrong"):
+        parser.add_argument(
+            f"--{name}", required=True, metavar="TOKEN|FILE", help="one token, or a file of one for each pair"
+        )
 
 
 def _add_prompts(parser: argparse.ArgumentParser, required: bool, default: str = "") -> None:

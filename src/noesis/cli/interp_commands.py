@@ -83,6 +83,24 @@ def _patch(args: Namespace, note: Note) -> Answer:
     return Answer(lambda: repr(found), found.to_json)
 
 
+def _circuit(args: Namespace, note: Note) -> Answer:
+    check_outputs([("--out", args.out), ("--plot", args.plot)], args.force)
+    pairs = _pairs(args)
+    found = interp.circuit(
+        *(pairs.model, pairs.clean, pairs.corrupted, pairs.metric),
+        method=args.method,
+        size=args.size,
+        faithfulness=args.faithfulness,
+        ablation=args.ablation,
+        level=args.level,
+        seed=args.seed,
+    )
+    found.meta |= pairs.meta
+    _save(found, args.out, note)
+    draw(found, args.plot, note)
+    return Answer(lambda: repr(found), found.to_json)
+
+
 # ---------------------------------------------------------------- what goes in
 
 
@@ -187,4 +205,5 @@ COMMANDS: dict[str, Callable[[Namespace, Note], Answer]] = {
     "interp lens": _lens,
     "interp heads": _heads,
     "interp patch": _patch,
+    "interp circuit": _circuit,
 }
