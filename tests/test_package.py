@@ -376,3 +376,9 @@ def test_a_wrong_import_is_found(tmp_path: Path, name: str, source: str, expecte
     assert violations(tmp_path) == []
     (tmp_path / name).write_text(source)
     assert any(expected in violation for violation in violations(tmp_path)), violations(tmp_path)
+
+
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """Without packages, pytest imports them by name, and could not collect two of one name together."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
