@@ -123,6 +123,7 @@ def test_what_a_dtype_rounds_is_no_divergence(llama, prompts, dtype, tokens):
         assert noesis.compare(exact, rounded, tolerance=1e-2).first_divergence is None
 
 
+@pytest.mark.slow
 def test_autocast_is_a_dtype_too(llama, prompts):
     ids = prompts[0][:, :40]
     exact = forward(llama[0], ids)

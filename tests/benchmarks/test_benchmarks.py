@@ -84,6 +84,7 @@ def test_copies_share_parameters_and_buffers_but_not_modules(script):
     assert not any(isinstance(module, noesis.Observed) for module in bare.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "blocks"),
     [
@@ -414,6 +415,7 @@ def test_the_recorders_memory_is_counted_whole(script):
     assert memory.recorder_bytes(wrapped.observed_model) < 1 << 20
 
 
+@pytest.mark.slow
 def test_weighing(script, tmp_path, monkeypatch):
     path, weighing = tmp_path / "weighing.json", script("weighing")
     monkeypatch.setattr(weighing, "CASES", ((8, 2, 4),))

@@ -154,6 +154,7 @@ def test_what_a_scaled_query_does_by_hand() -> None:
     assert torch.allclose(run.output, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["sdpa", "bmm", "einsum"])
 def test_an_edit_is_in_a_compiled_model_too(way: str, fresh_dynamo: None) -> None:
     ours = model(way)

@@ -14,6 +14,7 @@ import noesis
 from helpers.circuits import induction
 from helpers.families import family
 from helpers.language_models import VOCABULARY, prompts
+from helpers.selection import by_default
 from noesis import interp
 from noesis.interp.estimating import middles
 
@@ -40,7 +41,7 @@ def attributed(*args: Any, **options: Any) -> Any:
 # ---------------------------------------------------------------- the truth of circuits by construction
 
 
-@pytest.mark.parametrize(("sharpness", "steps"), ESTIMATES)
+@pytest.mark.parametrize(("sharpness", "steps"), by_default(3, ESTIMATES))
 def test_saturated_attention_hides_a_necessary_head_and_this_is_said(sharpness: int, steps: int) -> None:
     made = induction(0, sharpness)
     pairs = made.sample(16)
@@ -63,6 +64,7 @@ def test_saturated_attention_hides_a_necessary_head_and_this_is_said(sharpness: 
             interp.attribute(made.model, pairs.clean_inputs, pairs.corrupted_inputs, metric, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_it_warns_whatever_the_sizes_and_whichever_cells_are_asked_for(seed: int) -> None:
     made = induction(seed, 40.0)
@@ -73,6 +75,7 @@ def test_it_warns_whatever_the_sizes_and_whichever_cells_are_asked_for(seed: int
             interp.attribute(made.model, pairs.clean_inputs, pairs.corrupted_inputs, metric, sites=sites, steps=steps)
 
 
+@pytest.mark.slow
 def test_few_steps_have_not_converged_and_this_is_said() -> None:
     made = induction(0, 40.0)
     pairs = made.sample(16)

@@ -95,6 +95,7 @@ def test_parts_of_the_stream_add_up_and_can_be_edited() -> None:
     assert torch.allclose(run["resid_mid.2"], scaled + direction, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", CROSS)
 def test_edits_of_the_second_attention_are_of_that_alone(site: str) -> None:
     model, given = family("t5"), inputs("t5")

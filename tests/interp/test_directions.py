@@ -98,6 +98,7 @@ def test_taken_away_there_is_nothing_left_of_it() -> None:
     assert np.abs(after).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_a_direction_steers(induction: nn.Module) -> None:
     """Between what follows 5 and what follows 7: added, it makes the first likelier everywhere."""
     rows = torch.stack([torch.randperm(48, generator=torch.Generator().manual_seed(seed)) for seed in range(40)])[

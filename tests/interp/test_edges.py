@@ -15,6 +15,7 @@ import noesis
 from helpers.circuits import induction
 from helpers.families import family
 from helpers.language_models import prompts
+from helpers.selection import by_default
 from noesis import interp
 from noesis.interp.edge_scores import EdgeScores
 from noesis.interp.estimating import Ends
@@ -88,7 +89,7 @@ class ByHand:
 
 
 # transformers' experts know no float64, which the differences need.
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("mixtral", "gptoss")])
+@pytest.mark.parametrize("name", by_default(3, [name for name in FAMILIES if name not in ("mixtral", "gptoss")]))
 def test_scores_are_the_first_order_of_exact_path_patching(name: str) -> None:
     hand = ByHand(name, 1e-2)
     found = attributed(
@@ -154,7 +155,7 @@ def test_the_way_through_one_heads_outputs_is_that_through_the_whole_layer(monke
         np.testing.assert_allclose(scores.estimate(ends, 1).scores, found, atol=1e-9)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", by_default(1, range(4)))
 def test_the_edges_of_an_induction_circuit(seed: int) -> None:
     made = induction(seed, 4.0)
     pairs = made.sample(16, seed)

@@ -209,6 +209,7 @@ def test_p_values_are_adjusted_over_the_heads_of_a_kind() -> None:
     assert all(scores.found(kind) == [] for kind in ("previous", "duplicate", "induction", "first"))
 
 
+@pytest.mark.slow
 def test_random_weights_give_few_small_p_values() -> None:
     """Content that attention does not know is nothing beyond chance, at any seed."""
     found = []
@@ -257,6 +258,7 @@ def test_an_encoder_sees_both_ways_and_padding_counts_for_nothing() -> None:
     assert "copying" in scores.left_out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma2", "qwen3", "olmo2", "mixtral", "gptoss", "neox", "opt", "cohere"])
 def test_families(name: str) -> None:
     model = family(name)

@@ -237,6 +237,7 @@ def test_opt_reads_all_tokens_in_one_row() -> None:
     assert found["neurons.0"].top_places[:, :, 1].max() < inputs("opt")["input_ids"].shape[1]
 
 
+@pytest.mark.slow
 def test_waves_of_modular_addition(modular_addition: nn.Module) -> None:
     """Each neuron of a model that adds modulo a prime responds to one frequency of a sum's parts."""
     pairs, _ = trained_toys.all_pairs()

@@ -155,6 +155,7 @@ def test_other_components_do_what_they_are_made_of_does(name: str) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_taken_up_or_whole_forwards_are_the_same_in_every_family(name: str) -> None:
     """Padding, parallel blocks, post-norms, caps, experts, two towers: bit for bit."""

@@ -14,6 +14,7 @@ import noesis
 from helpers.circuits import indirect_object, induction
 from helpers.families import family, inputs
 from helpers.language_models import VOCABULARY, prompts
+from helpers.selection import by_default
 from noesis import interp
 from noesis.interp.sites import Edge, Site
 
@@ -162,7 +163,7 @@ class Hooked:
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", by_default(3, PLACES))
 def test_each_path_is_what_whole_forwards_under_hooks_give(name: str, direction: str) -> None:
     hooked = Hooked(name)
     if name == "olmo2":
@@ -200,7 +201,7 @@ TRUTH = {
 }
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", by_default(1, range(4)))
 @pytest.mark.parametrize(("kind", "way"), TRUTH)
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 def test_paths_of_a_circuit_by_construction(kind: str, way: str, seed: int, direction: str) -> None:

@@ -50,6 +50,7 @@ def test_planted_numbers_are_found() -> None:
     assert found.p_values[0] == 1 / 200
 
 
+@pytest.mark.slow
 def test_several_classes_of_the_layers_of_a_run() -> None:
     ids, _ = trained_toys.repeated(12, [24], torch.Generator().manual_seed(0))
     run = interp.run(trained_toys.gpt2(2, seed=0).eval(), {"input_ids": ids}, keep="resid_pre")
@@ -62,6 +63,7 @@ def test_several_classes_of_the_layers_of_a_run() -> None:
 # Controls.
 
 
+@pytest.mark.slow
 def test_what_is_learned_by_heart_is_not_selective() -> None:
     """Each token has a vector of its own: any label of tokens can be read off it."""
     types = np.random.default_rng(0).integers(0, 12, size=400)
@@ -120,6 +122,7 @@ def test_what_is_held_out_takes_no_part_in_standardising(monkeypatch: pytest.Mon
 # Nothing in nothing.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["classes", "numbers", "groups", "rows"])
 def test_p_is_uniform_where_there_is_nothing(task: str) -> None:
     from noesis.interp.probes import _data, _p_value

@@ -479,6 +479,7 @@ class Net(nn.Module):
         return self.other(self.one(x).relu())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

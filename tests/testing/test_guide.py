@@ -39,6 +39,7 @@ def run(pytester: pytest.Pytester, *arguments: str) -> tuple[int, str]:
     return done.ret, done.stdout.str()
 
 
+@pytest.mark.slow
 def test_the_guide_is_true(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # else it would come twice where noesis is installed
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
