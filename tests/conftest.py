@@ -63,8 +63,13 @@ def _in_core(path: Path) -> bool:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With `-m core`, other files are not even imported: what they import may be missing."""
-    others = collection_path.name.startswith("test_") and not _in_core(collection_path)
-    return True if config.option.markexpr == "core" and others else None
+    if config.option.markexpr != "core":
+        return None
+    if collection_path.is_dir():  # for its conftest
+        others = not any(map(_in_core, collection_path.rglob("test_*.py")))
+    else:
+        others = collection_path.name.startswith("test_") and not _in_core(collection_path)
+    return True if others else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
