@@ -300,7 +300,9 @@ def test_files_and_tables(tmp_path: Path) -> None:
     assert len(frame) == 6 * 3 * 4
     row = frame[(frame.kind == "induction") & (frame.layer == 1) & (frame["head"] == 2)]
     assert row.score.item() == scores["induction"][1, 2]
-    assert scores.plot("previous").axes[0].get_title(loc="left").startswith("previous")
+    axes = scores.plot("previous").axes[0]
+    assert axes.get_title(loc="left") == f"previous: {len(scores.found('previous'))} of 12 heads"
+    np.testing.assert_array_equal(axes.images[0].get_array(), scores.excess[0])
 
 
 # An untrained copy.

@@ -27,6 +27,9 @@ def test_closed_forms() -> None:
     p = torch.distributions.Categorical(logits=LOGITS[:, -1].double())
     q = torch.distributions.Categorical(logits=LOGITS.flip(0)[:, -1].double())
     torch.testing.assert_close(interp.kl(LOGITS)(LOGITS.flip(0)), torch.distributions.kl_divergence(p, q))
+    never = LOGITS.clone()
+    never[..., 0] = -torch.inf  # a token that neither has
+    assert interp.kl(never)(never.clone()).tolist() == [0.0] * len(never)
     assert interp.kl(LOGITS)(LOGITS).abs().max() < 1e-15
 
 

@@ -134,7 +134,7 @@ def anatomy_of(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], call: 
         if run.name not in blocks:  # a block that runs again is made of the same
             blocks[run.name] = identify(run)
 
-    embedding = _embedding(root)
+    embedding = embedding_of(root)
     args, inputs = spare(args, inputs)
     devices = {tensor.device for tensor in root.parameters() if tensor.is_cuda}
     # The user's own run draws what it would have drawn.
@@ -223,7 +223,7 @@ def logits_of(output: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) and found.is_floating_point() else None
 
 
-def _embedding(root: nn.Module) -> nn.Module | None:
+def embedding_of(root: nn.Module) -> nn.Module | None:
     """What a transformers model says is its input embedding."""
     ask = getattr(root, "get_input_embeddings", None)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -24,6 +24,18 @@ class Visitor(Protocol):
 
     def visit(self, whole: Tensor) -> Tensor | None:
         """See the component's tensor, of all heads and tokens; return what is to stand in its place, if anything."""
+
+
+class Look:
+    """A visitor that hands on what passes."""
+
+    def __init__(self, site: Site, function: Callable[[Tensor], Tensor | None]) -> None:
+        self.site, self.function, self.times = site, function, 0
+
+    def visit(self, whole: Tensor) -> Tensor | None:
+        """Hand it on."""
+        self.times += 1
+        return self.function(whole)
 
 
 class Runs(Protocol):

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from .anatomy import called_and_root
+from .attending import Look
 from .graph import Graph
 from .pairs import Inputs
 from .places import place_of
 from .replaying import Replay
 from .sites import Site
-from .sweeping import Look
 
 #: What heads are made of, of which nothing else of the block is needed.
 READ_FIRST = frozenset({"q", "k", "v"})

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from ..numerics import Floats
 from .anatomy import Anatomy
 from .identifying import Block, results
-from .recording import hidden_input
+from .norms import measure_norm
+from .replacements import Patch
 from .running import run
 
 #: Tokens over which eigenvalues are taken, when there are more.
@@ -58,11 +58,14 @@ def copying(root: nn.Module, anatomy: Anatomy, tokens: Tensor, length: int, seed
         return Copying(none, none.copy(), none.copy(), {"copying": why})
     generator = torch.Generator().manual_seed(seed)
     drawn = tokens[torch.randperm(len(tokens), generator=generator)[:MOST_TOKENS]]
-    try:
-        values, left_out = _values(root, anatomy, drawn, length)
-    except Exception as error:  # whatever the model raises
-        return Copying(none, none.copy(), none.copy(), {"copying": f"the model does not run on tokens alone: {error}"})
-    circuits = {layer: (_centred(v), _written(root, anatomy, layer, drawn)) for layer, v in values.items()}
+    left_out: dict[str, str] = {}
+    circuits: dict[int, tuple[Tensor, Tensor]] = {}
+    for layer, values in _values(root, anatomy, drawn, length, left_out).items():
+        written = _written(root, anatomy, layer, drawn)
+        if isinstance(written, str):
+            left_out[_of(layer)] = written
+        else:
+            circuits[layer] = _centred(values), written
     scores, shuffled, p_values = none, none.copy(), none.copy()
     for layer, (v, u) in circuits.items():
         scores[layer, : len(v)] = _score(v, u)
@@ -91,52 +94,47 @@ def _score(values: Tensor, written: Tensor) -> Floats:
     return found
 
 
-def _values(root: nn.Module, anatomy: Anatomy, drawn: Tensor, length: int) -> tuple[dict[int, Tensor], dict[str, str]]:
+def _of(layer: int) -> str:
+    return f"copying of layer {layer}"
+
+
+def _values(
+    root: nn.Module, anatomy: Anatomy, drawn: Tensor, length: int, left_out: dict[str, str]
+) -> dict[int, Tensor]:
     """What attention takes from each token `[heads, tokens, width]`, by layer, were the stream its embedding alone."""
-    left_out = {}
     for layer, block in enumerate(anatomy.blocks):
-        why = next((block.refused[part] for part in ("v", "result") if part in block.refused), None)
+        why = next((block.refused[part] for part in ("v", "result", "resid_pre") if part in block.refused), None)
         if why is not None:
-            left_out[f"copying of layer {layer}"] = why
-    layers = [layer for layer in range(len(anatomy.blocks)) if f"copying of layer {layer}" not in left_out]
-    embedding = root.get_submodule(str(anatomy.embed))
-    embedded: list[Tensor] = []
-
-    def embeds(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        embedded[:] = [output.detach()]
-
-    swapped: set[nn.Module] = set()
-
-    def begins(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        given = hidden_input(args, kwargs)
-        if given is None or not embedded or embedded[0].shape != given.shape:
-            return None
-        swapped.add(module)
-        swap = {id(given): embedded[0]}
-        return tuple(swap.get(id(arg), arg) for arg in args), {key: swap.get(id(a), a) for key, a in kwargs.items()}
-
+            left_out[_of(layer)] = why
+    layers = [layer for layer in range(len(anatomy.blocks)) if _of(layer) not in left_out]
     rows = -(-len(drawn) // length)
     ids = drawn.repeat(2)[: rows * length].reshape(rows, -1) if rows > 1 else drawn[None]
-    device = next(root.parameters()).device
-    with ExitStack() as leaving:
-        leaving.callback(embedding.register_forward_hook(embeds).remove)
-        for layer in layers:
-            module = root.get_submodule(anatomy.blocks[layer].name)
-            leaving.callback(module.register_forward_pre_hook(begins, with_kwargs=True).remove)
-        kept = run(root, {"input_ids": ids.to(device)}, keep=[f"v.{layer}" for layer in layers], anatomy=anatomy)
+    given = {"input_ids": ids.to(next(root.parameters()).device)}
+    try:
+        kept = run(root, given, keep=["embed", *(f"resid_pre.{layer}" for layer in layers)], anatomy=anatomy)
+    except Exception as error:  # whatever the model raises
+        left_out["copying"] = f"the model does not run on tokens alone: {error}"
+        return {}
+    embedded = kept["embed"]
+    for layer in [layer for layer in layers if kept["resid_pre", layer].shape != embedded.shape]:
+        left_out[_of(layer)] = "the block is given nothing of the shape of the embedding"
+        layers.remove(layer)
+    others = [layer for layer in layers if not torch.equal(kept["resid_pre", layer], embedded)]
+    edits = [Patch(f"resid_pre.{layer}", embedded) for layer in others]
+    values = run(root, given, keep=[f"v.{layer}" for layer in layers], edits=edits, anatomy=anatomy)
     found = {}
     for layer in layers:
         block = anatomy.blocks[layer]
-        if root.get_submodule(block.name) not in swapped:
-            left_out[f"copying of layer {layer}"] = "the block is given nothing of the shape of the embedding"
-            continue
-        v = kept["v", layer].flatten(0, 1)[: len(drawn)].float().transpose(0, 1)
+        v = values["v", layer].flatten(0, 1)[: len(drawn)].float().transpose(0, 1)
         found[layer] = v.repeat_interleave(block.heads // block.kv_heads, dim=0)
-    return found, left_out
+    return found
 
 
-def _written(root: nn.Module, anatomy: Anatomy, layer: int, drawn: Tensor) -> Tensor:
-    """What each direction of a head's values adds to the logits of tokens `[heads, width, tokens]`, but for a scale."""
+def _written(root: nn.Module, anatomy: Anatomy, layer: int, drawn: Tensor) -> Tensor | str:
+    """What each direction of a head's values adds to the logits of tokens `[heads, width, tokens]`, but for a scale.
+
+    Or why a norm on the way says nothing of it.
+    """
     block: Block = anatomy.blocks[layer]
     projection, unembed = (root.get_submodule(str(name)) for name in (block.out, anatomy.unembed))
     weight = next(projection.parameters())
@@ -146,19 +144,19 @@ def _written(root: nn.Module, anatomy: Anatomy, layer: int, drawn: Tensor) -> Te
         written = results(projection, z, (*z.shape[:2], block.heads * block.value_width))[0][0]  # [width, heads, model]
         norms: Sequence[str | None] = [block.attn if block.attn in block.post_norms else None, anatomy.norm]
         for name in filter(None, norms):
-            written = _through(root.get_submodule(name), written)
+            through = _through(root.get_submodule(name), written)
+            if isinstance(through, str):
+                return through
+            written = through
         logits = unembed.forward(written) - unembed.forward(torch.zeros_like(written))
     return _centred(logits[..., drawn.to(logits.device)].float().permute(1, 0, 2).cpu(), dim=2)
 
 
-def _through(norm: nn.Module, x: Tensor) -> Tensor:
-    """A norm's linear part, its centring and gains, measured at one point; its scale there is left in."""
+def _through(norm: nn.Module, x: Tensor) -> Tensor | str:
+    """A norm's linear part, its centring and gains, at one point; the scale that it has there is left in."""
     point = torch.where(torch.arange(x.shape[-1], device=x.device) % 2 == 0, 1.5, -0.5).to(x.dtype)  # none is the mean
-    at, moved, opposite = (norm.forward(given).float() for given in (point, point + 1, -point))
-    centres = torch.allclose(at, moved, atol=1e-3)
-    gains = (at - opposite) / (2 * (point - point.mean() * centres))  # without the bias
-    through: Tensor = (x.float() - x.float().mean(-1, keepdim=True) * centres) * gains
-    return through.to(x.dtype)
+    measured = measure_norm(norm, point)
+    return measured if isinstance(measured, str) else measured.linear(x.cpu().double()).to(x)
 
 
 def _centred(x: Tensor, dim: int = 1) -> Tensor:

@@ -136,7 +136,9 @@ def _vectors(root: nn.Module, given: Any, site: str | Site, position: int, name:
             f"{name} gives numbers that are not finite at {site}", "finite activations", "Look at the inputs"
         )
     if len(vectors) < FEWEST:
-        raise BadValue(f"{name} has {len(vectors)} examples", f"at least {FEWEST}, half of which are held out", "")
+        raise BadValue(
+            f"{name} has {len(vectors)} examples", f"at least {FEWEST}, half of which are held out", "Give more"
+        )
     return vectors
 
 
@@ -147,6 +149,10 @@ def _at(x: Tensor, counts: Tensor | None, position: int, place: str) -> Tensor:
     for row, real in zip(x, counts, strict=True):
         tokens = row[real]
         if not -len(tokens) <= position < len(tokens):
-            raise BadValue(f"position {position} of a row of {len(tokens)} tokens at {place}", "one that is there", "")
+            raise BadValue(
+                f"position {position} of a row of {len(tokens)} tokens at {place}",
+                "one that is there",
+                "Pass -1 for the last",
+            )
         rows.append(tokens[position])
     return torch.stack(rows)

@@ -134,7 +134,7 @@ class Zero(Edit):
 class Scale(Edit):
     """A multiple of what is there."""
 
-    factor: float = 1.0
+    factor: float
 
     def change(self, part: Tensor, call: Call) -> Tensor:
         """See `Edit.change`."""
@@ -150,7 +150,7 @@ class Add(Edit):
         scale: how much of it.
     """
 
-    direction: Tensor = field(default_factory=lambda: torch.zeros(1))
+    direction: Tensor
     scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -171,7 +171,7 @@ class Project(Edit):
         direction: `[width]` or `[directions, width]`.
     """
 
-    direction: Tensor = field(default_factory=lambda: torch.zeros(1))
+    direction: Tensor
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -197,7 +197,7 @@ class Noise(Edit):
         seed: of the noise.
     """
 
-    std: float = 1.0
+    std: float
     seed: int = 0
     traceable: ClassVar[bool] = False
 
@@ -214,7 +214,7 @@ class Custom(Edit):
     Such an edit cannot be saved.
     """
 
-    function: Callable[[Tensor], Tensor] = field(default=torch.clone)
+    function: Callable[[Tensor], Tensor]
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,11 +13,9 @@ from ..errors import BadType, BadValue
 from ..layers import parameters_of
 from .anatomy import Anatomy, called_and_root, logits_of
 from .padding import counted_positions
+from .recording import LOGITS_TO_KEEP as KEEP
 from .recording import arguments
 from .replaying import Replay
-
-#: By which models of transformers are asked for some logits.
-KEEP = "logits_to_keep"
 
 
 class Piece(NamedTuple):
@@ -140,9 +138,3 @@ def _positions(kept: Any, count: int, tokens: int) -> list[int]:
     if isinstance(kept, Tensor):
         return [int(at) % tokens for at in kept]
     return list(range(tokens - count, tokens)) if isinstance(kept, int) and kept else list(range(count))
-
-
-def kl_divergence(true: Tensor, other: Tensor) -> Tensor:
-    """KL(true || other) in nats, of log-probabilities `[..., vocabulary]`."""
-    terms = true.exp() * (true - other)
-    return torch.where(true == -torch.inf, 0.0, terms).sum(-1).clamp_min(0.0)

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from ..errors import BadValue
 from .anatomy import Anatomy, called_and_root
+from .attending import Look
 from .checks import check_equal, same
 from .pairs import Inputs
 from .places import expanded, place_of
 from .replaying import Replay
 from .running import run
 from .sites import HEADED, MODULE, Edge, Site, read
-from .sweeping import NO_LIMIT, Look, Resuming
+from .sweeping import NO_LIMIT, Resuming
 
 #: What writes: what the first block is given, heads under either name, mlps.
 SENDERS = ("embed", "z", "result", "mlp")

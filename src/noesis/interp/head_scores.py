@@ -130,18 +130,22 @@ class HeadScores(Saved, Tabular):
         return [HeadScore(kind, *at, *(float(array[place][at]) for array in arrays)) for at in best]
 
     def plot(self, kind: str = "induction", path: files.PathLike | None = None) -> Figure:
-        """A heat map of one kind, heads across and layers down; needs the extra `viz`."""
+        """A heat map of how far scores of one kind are past their control, heads across and layers down.
+
+        The scale is linear, and the title says how many heads are `found`. Needs the extra `viz`.
+        """
         from ..plots import heat_map
 
         layers, heads = self.scores.shape[1:]
         return heat_map(
-            self[kind],
+            self.excess[_place(kind)],
             [str(layer) for layer in range(layers)],
             list(range(heads)),
-            title=f"{kind} by head",
+            title=f"{kind}: {len(self.found(kind))} of {layers * heads} heads",
             row_axis="layer",
             column_axis="head",
-            colour_bar=f"{kind} (nats)" if kind == "entropy" else kind,
+            colour_bar="below control, nats" if kind == "entropy" else "past control",
+            scale="linear",
             nonfinite=np.zeros((layers, heads), bool),
             path=path,
         )

@@ -12,8 +12,9 @@ from torch import Tensor
 from ..errors import BadValue
 from ..numerics import Floats
 from .anatomy import Anatomy, no_step
-from .ends import End, Piece, kl_divergence
+from .ends import End, Piece
 from .lens import Lens
+from .metrics import kl_divergence
 from .tuned_lens import TunedLens
 
 

@@ -185,6 +185,12 @@ class _AnswerProbability(Metric):
         return self._gathered(logits.double().softmax(-1), self.answer, "answer").sum(1)
 
 
+def kl_divergence(true: Tensor, other: Tensor) -> Tensor:
+    """KL(true || other) in nats, of log-probabilities `[..., vocabulary]`."""
+    terms = true.exp() * (true - other)
+    return torch.where(true == -torch.inf, 0.0, terms).sum(-1).clamp_min(0.0)
+
+
 class _KL(Metric):
     def __init__(self, reference: Any, positions: Positions | None) -> None:
         super().__init__(positions)
@@ -203,8 +209,7 @@ class _KL(Metric):
         if reference.dim() == 3:
             places = self.places(len(reference), reference.shape[1]).to(reference.device)
             reference = reference[torch.arange(len(reference), device=reference.device), places]
-        p, q = reference.double().log_softmax(-1), logits.double().log_softmax(-1)
-        return (p.exp() * (p - q)).sum(-1)
+        return kl_divergence(reference.double().log_softmax(-1), logits.double().log_softmax(-1))
 
 
 def logit_difference(right: Tokens, wrong: Tokens, *, positions: Positions | None = None) -> Metric:

@@ -15,6 +15,7 @@ from ..errors import BadValue
 from ..numerics import Floats
 from ..wrapping import Wrapped, unwrapped
 from .anatomy import Anatomy, anatomy_of
+from .attending import Look
 from .between import Between, check_precision
 from .blockwise import Blockwise
 from .cells import at_positions, by_row
@@ -25,7 +26,7 @@ from .pairs import Inputs
 from .places import part_of, place_of
 from .running import run
 from .sites import MODULE, Edge, Site
-from .sweeping import FORWARD, NO_LIMIT, Look, cells_at_once
+from .sweeping import FORWARD, NO_LIMIT, cells_at_once
 
 
 def paths(

@@ -123,7 +123,9 @@ class _Data(NamedTuple):
 
 def _data(y: NDArray[Any], groups: Ints, types: Ints | None, folds: int, seed: int) -> _Data:
     if y.dtype.kind not in "biufUSO":
-        raise BadType(f"labels are of dtype {y.dtype}", "whole numbers, texts, truth values, or floating numbers", "")
+        raise BadType(
+            f"labels are of dtype {y.dtype}", "whole numbers, texts, truth values, or floating numbers", "Number them"
+        )
     classes, truth = (None, y.astype(np.float64)) if y.dtype.kind == "f" else np.unique(y, return_inverse=True)
     if (classes is not None and len(classes) < 2) or (classes is None and not np.ptp(truth) > 0):
         raise BadValue("all labels are the same, or not finite", "labels that differ", "Look at what they say")
@@ -176,7 +178,9 @@ def _layers(given: Any, what: str) -> tuple[dict[str, Floats], tuple[int, ...]]:
         shapes.add(x.shape[:-1])
         found[name] = x.reshape(-1, x.shape[-1])
     if len(shapes) != 1:
-        raise BadValue(f"{what} of samples {sorted(map(list, shapes))}", "as many samples in each layer", "")
+        raise BadValue(
+            f"{what} of samples {sorted(map(list, shapes))}", "as many samples in each layer", "Leave others out"
+        )
     return found, shapes.pop()
 
 
@@ -193,7 +197,7 @@ def _samples(given: Any, shape: tuple[int, ...], what: str) -> NDArray[Any]:
     if what == "groups" and len(shape) == 2 and values.shape == shape[:1]:
         values = np.repeat(values, shape[1])
     elif values.shape != shape and values.shape != (int(np.prod(shape)),):
-        raise BadValue(f"{what} of shape {list(values.shape)}", f"one for each sample, {list(shape)}", "")
+        raise BadValue(f"{what} of shape {list(values.shape)}", f"one for each sample, {list(shape)}", "Pass as many")
     return values.reshape(-1)
 
 

@@ -16,6 +16,9 @@ from ..internals import Attend, AttentionFunctions, around_attention
 from ..layers import hidden_state, is_leaf, named_layers, unmeasurable
 from .attention import Attention, attention_of
 
+#: By which models of transformers are asked for some logits alone.
+LOGITS_TO_KEEP = "logits_to_keep"
+
 
 class Call(NamedTuple):
     """A module that ran, and copies of what it was given and returned: both may be changed in place afterwards."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadValue
-from .anatomy import logits_of
+from .anatomy import embedding_of, logits_of
 from .recording import arguments
 
 #: Rows of random tokens, and the tokens of a row where the model has room.
@@ -72,11 +72,7 @@ def beginning(root: nn.Module) -> int | None:
 
 def _embedding(root: nn.Module) -> Tensor | None:
     """The embeddings of tokens `[tokens, width]`."""
-    ask = getattr(root, "get_input_embeddings", None)
-    try:
-        weight = getattr(ask(), "weight", None) if callable(ask) else None
-    except NotImplementedError:  # transformers, of a model without one
-        return None
+    weight = getattr(embedding_of(root), "weight", None)
     return weight if isinstance(weight, Tensor) and weight.dim() == 2 else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +29,7 @@ class Replacement(Edit):
             found as it is, or as a part of what was kept: `z.3.2@-1` in `z.3`.
     """
 
-    reference: Reference = field(default_factory=dict)
+    reference: Reference
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import BadValue, WrongState
 from ..layers import hidden_index, hidden_state, parameters_of, unmeasurable
-from .anatomy import Anatomy, anatomy_of, called_and_root
-from .attending import Visitor
+from .anatomy import Anatomy, anatomy_of, called_and_root, check_eval
+from .attending import Look, Visitor
 from .checks import same
 from .places import BEFORE, Place, check_anatomy, with_hidden_input, with_hidden_state
 from .recording import arguments, hidden_input, spare
@@ -59,12 +59,7 @@ class Replay:
         if anatomy is None:
             anatomy = anatomy_of(model, args, kwargs)
         check_anatomy(anatomy, self._root)
-        if self._root.training:
-            raise WrongState(
-                f"{type(self._root).__name__} is in training mode",
-                "a model that computes the same each time",
-                "Call .eval()",
-            )
+        check_eval(self._root)
         if "use_cache" in parameters_of(self._root.forward) and "past_key_values" not in kwargs:
             kwargs.setdefault("use_cache", False)  # a skipped block writes no keys
         self.anatomy, self._args, self._kwargs = anatomy, args, kwargs
@@ -110,7 +105,7 @@ class Replay:
             self._returned[layer] = with_hidden_state(output, hidden, kept)
 
         for layer, block in enumerate(self.anatomy.blocks):
-            visiting.add(_Told(Site("resid_pre", layer), given), Place(block.name, BEFORE))
+            visiting.add(Look(Site("resid_pre", layer), functools.partial(given, layer)), Place(block.name, BEFORE))
             stop = visiting.stop(block.name)
             stop.begins, stop.ends = begins(layer), functools.partial(returned, layer)
         with torch.no_grad():
@@ -178,7 +173,7 @@ class Replay:
             name = self.anatomy.blocks[each].name
             visiting.stop(name).instead = functools.partial(self._again, each, times, resid if layer == count else None)
         if layer != count:
-            put = _Told(Site("resid_pre", layer), lambda _layer, _hidden: resid.clone())
+            put = Look(Site("resid_pre", layer), lambda _hidden: resid.clone())
             visiting.add(put, Place(self.anatomy.blocks[layer].name, BEFORE))
         for visitor, place in visitors:
             visiting.add(visitor, place)
@@ -195,7 +190,7 @@ class Replay:
         """
         name = self.anatomy.blocks[layer].name
         visiting = Visiting(self._root, self.anatomy, own_thread=True)
-        visiting.add(_Told(Site("resid_pre", layer), lambda _layer, _hidden: resid.clone()), Place(name, BEFORE))
+        visiting.add(Look(Site("resid_pre", layer), lambda _hidden: resid.clone()), Place(name, BEFORE))
         for visitor, place in visitors:
             visiting.add(visitor, place)
         args, kwargs = spare(*self._calls[layer])
@@ -224,14 +219,3 @@ class Replay:
         if isinstance(value, dict):
             return {name: self._repeated(item, times) for name, item in value.items()}
         return value
-
-
-class _Told(NamedTuple):
-    """A visitor that hands on the layer, and what it is given."""
-
-    site: Site
-    function: Callable[[int, Tensor], Tensor | None]
-
-    def visit(self, whole: Tensor) -> Tensor | None:
-        assert self.site.layer is not None
-        return self.function(self.site.layer, whole)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -49,7 +49,7 @@ class Splice(Edit):
         error: whether what the autoencoder misses is kept.
     """
 
-    coder: SparseCoder = field(default_factory=lambda: SparseCoder(torch.eye(1), torch.eye(1)))
+    coder: SparseCoder
     units: int | Sequence[int] | None = None
     scale: float = 1.0
     value: float | None = None

@@ -14,10 +14,12 @@ from ..errors import BadValue, WrongState
 from ..layers import hidden_state, parameters_of
 from ..numerics import Floats
 from .anatomy import Anatomy, called_and_root, logits_of
+from .attending import Look
 from .cells import AtPositions, Cells, by_row, whole_of, wholes_of
 from .metrics import Metric, one_each
 from .pairs import Inputs
 from .places import Place, change_of, part_of
+from .recording import LOGITS_TO_KEEP as KEEP
 from .recording import spare
 from .replaying import Replay
 from .running import run
@@ -26,7 +28,6 @@ from .visiting import Visiting
 
 #: What a forward costs beside its rows, in cells: on a CPU little, while a small batch leaves an accelerator idle.
 FORWARD_ON_CPU, FORWARD = 0.2, 1.0
-KEEP = "logits_to_keep"
 NO_LIMIT = 1 << 62
 
 
@@ -285,18 +286,6 @@ class _Forwards:
         with ExitStack() as leaving:
             visiting.attach(leaving)
             return called(*args, **kwargs)
-
-
-class Look:
-    """A visitor that hands on what passes."""
-
-    def __init__(self, site: Site, function: Callable[[Tensor], Tensor | None]) -> None:
-        self.site, self.function, self.times = site, function, 0
-
-    def visit(self, whole: Tensor) -> Tensor | None:
-        """Hand it on."""
-        self.times += 1
-        return self.function(whole)
 
 
 def cells_at_once(counts: Sequence[int], most: int, fixed: float) -> int:

@@ -16,7 +16,8 @@ from ..numerics import Floats
 from ..results import Cells, Saved, Tabular, list_of
 from ..text import counted, plain, table
 from .anatomy import Anatomy, no_step
-from .ends import End, kl_divergence
+from .ends import End
+from .metrics import kl_divergence
 from .recording import arguments
 
 #: Momentum and weight decay of the training (Belrose et al. 2023, and their code's defaults).

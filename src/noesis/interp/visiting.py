@@ -349,6 +349,7 @@ class Visiting:
         asked = [stop for stop in self.stops.values() if stop.attention or stop.gives]
         if not self._attends and not all(stop.by_functions for stop in asked):
             self._attends = True
+            leaving.callback(setattr, self, "_attends", False)
             leaving.enter_context(around_attention(self._attend))
 
     def clear(self) -> None:
